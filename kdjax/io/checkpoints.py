@@ -1,0 +1,398 @@
+"""Checkpoints of a training, on Orbax: complete, checked, and refused by other runs.
+
+A folder holds one numbered folder per step, and ``unreadable/`` with those that were
+found damaged. In a step's folder, ``state`` has the arrays, ``data`` the position in
+the data, ``progress`` what the loop keeps on the host, ``run`` the configuration and
+the description of the arrays, and ``files`` a checksum of every other file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from kdjax.train.loop import Batches
+from kdjax.train.state import DistillState
+
+_logger = logging.getLogger("kdjax")
+
+_UNREADABLE = "unreadable"
+_RUN_FILE = "run/metadata"
+_CHECKSUMS_FILE = "files/checksums.json"
+
+
+class Checkpoints:
+    """Keeps the last checkpoints of a run and the best one.
+
+    Saving copies the state and returns; files are written in the background. A
+    checkpoint that is damaged, by a full disk or a lost file, is noticed when it is
+    restored, moved aside into ``unreadable/``, and the one before it is taken.
+
+    Args:
+      folder: of this run alone, made if need be; may be a bucket (``gs://...``).
+      keep: how many of the last checkpoints stay.
+      best: the evaluation metric whose best checkpoint stays as well.
+      mode: whether the best is the highest (``"max"``) or the lowest (``"min"``).
+      config: the run's settings, values that JSON can hold. A checkpoint saved with
+        others is refused; with ``None`` any is accepted.
+
+    Raises:
+      ValueError: ``keep`` is below 1, or ``mode`` is neither of its two words.
+      TypeError: ``config`` has a value that JSON cannot hold.
+      OSError: the folder cannot be written to.
+
+    Example:
+      >>> import tempfile
+      >>> from kdjax.io.input import batches
+      >>> checkpoints = Checkpoints(tempfile.mkdtemp(), config={"lr": 0.1})
+      >>> data = batches({"x": np.arange(4)}, batch_size=2, seed=0)
+      >>> state = {"w": jnp.arange(3.0)}
+      >>> checkpoints.save(1, state, data, progress={}, metrics=None)
+      >>> restored, progress = checkpoints.restore(state, data)
+      >>> restored["w"].tolist()
+      [0.0, 1.0, 2.0]
+      >>> checkpoints.close()
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        best: str = "student_accuracy",
+        mode: Literal["max", "min"] = "max",
+        config: Mapping[str, Any] | None = None,
+    ):
+        if keep < 1:
+            raise ValueError(f"keep: got {keep}; expected at least 1.")
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode: got {mode!r}; expected 'max' or 'min'.")
+        self._folder = _writable(folder)
+        self._config = None if config is None else _as_json(config)
+        self._kept = _LastAndBest(keep, best, mode)
+        self._manager = _manager(self._folder, self._kept)
+        for step in self.steps():
+            # A damaged checkpoint is dealt with when it is to be restored.
+            with contextlib.suppress(OSError, ValueError):
+                run = json.loads((self._folder / str(step) / _RUN_FILE).read_text())
+                self._kept.note(step, run["metrics"])
+
+    def save(
+        self,
+        step: int,
+        state: DistillState,
+        batches: Batches,
+        progress: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts to save; the state may be donated as soon as this returns.
+
+        Waits for the save before it, if that is still being written.
+
+        Args:
+          step: number of the checkpoint, larger than those saved before.
+          state: the arrays.
+          batches: the Grain iterator, whose position is saved.
+          progress: what else to keep, values that JSON can hold.
+          metrics: of an evaluation of this state, to find the best checkpoint by.
+
+        Raises:
+          ValueError: an array has no elements, which Orbax cannot save.
+        """
+        scores = {name: float(value) for name, value in (metrics or {}).items()}
+        arrays = _described(state)
+        run = {"config": self._config or {}, "arrays": arrays, "metrics": scores}
+        self._kept.note(step, scores)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=grain.checkpoint.CheckpointSave(batches),
+                progress=ocp.args.JsonSave(dict(progress)),
+                run=ocp.args.JsonSave(run),
+                files=_ChecksumsArgs(),
+            ),
+            force=True,
+        )
+
+    def restore(
+        self, state: DistillState, batches: Batches
+    ) -> tuple[DistillState, dict[str, Any]] | None:
+        """Restores the newest checkpoint that is whole.
+
+        Args:
+          state: the template: its structure, shapes, dtypes and shardings.
+          batches: the Grain iterator, which is set to the saved position.
+
+        Returns:
+          The state, bit for bit what was saved, and the progress saved with it;
+          ``None`` when there is no checkpoint, and ``batches`` is left alone.
+
+        Raises:
+          ValueError: the checkpoint is whole, but of another configuration or of
+            a state with other arrays; the message lists what differs.
+        """
+        self._manager.wait_until_finished()
+        step = self._newest_whole()
+        if step is None:
+            return None
+        folder = self._folder / str(step)
+        run = json.loads((folder / _RUN_FILE).read_text())
+        if self._config is not None:
+            _refuse_other("config", folder, _flat(run["config"]), _flat(self._config))
+        _refuse_other("state", folder, run["arrays"], _described(state))
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(state),
+                data=grain.checkpoint.CheckpointRestore(batches),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        return restored["state"], restored["progress"]
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def wait(self) -> None:
+        """Returns when everything is on disk, or raises what went wrong."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then lets go of threads and files."""
+        self._manager.close()
+
+    def _newest_whole(self) -> int | None:
+        """The newest step without damage; those after it are moved aside."""
+        found = -1
+        # One process decides for all, since it also moves folders.
+        if jax.process_index() == 0:
+            for step in reversed(self.steps()):
+                damage = _damage(self._folder / str(step))
+                if damage is None:
+                    found = step
+                    break
+                self._move_aside(step, damage)
+        found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        self._manager.reload()
+        return None if found < 0 else found
+
+    def _move_aside(self, step: int, damage: str) -> None:
+        folder = self._folder / str(step)
+        (self._folder / _UNREADABLE).mkdir(exist_ok=True)
+        copies = (
+            self._folder / _UNREADABLE / f"{step}.{copy}" for copy in itertools.count(1)
+        )
+        aside = next(path for path in copies if not path.exists())
+        folder.rename(aside)
+        self._kept.scores.pop(step, None)
+        _logger.warning(
+            "the checkpoint %s is unreadable (%s); moved it to %s and going back to "
+            "the one before",
+            folder,
+            damage,
+            aside,
+        )
+
+
+def _manager(folder: epath.Path, kept: _LastAndBest) -> ocp.CheckpointManager:
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for item, *kinds in (
+        ("state", ocp.args.StandardSave, ocp.args.StandardRestore),
+        ("data", grain.checkpoint.CheckpointSave, grain.checkpoint.CheckpointRestore),
+        ("progress", ocp.args.JsonSave, ocp.args.JsonRestore),
+        ("run", ocp.args.JsonSave, ocp.args.JsonRestore),
+        # Items are finalized in this order: the checksums after all the others.
+        ("files", _ChecksumsArgs),
+    ):
+        for kind in kinds:
+            registry.add(item, kind)
+    return ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=kept, cleanup_tmp_directories=True
+        ),
+        handler_registry=registry,
+    )
+
+
+@dataclasses.dataclass
+class _LastAndBest(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the last checkpoints and the one with the best score.
+
+    Orbax's own policy reads scores from a file whose damage would keep its manager
+    from starting.
+    """
+
+    keep: int
+    best: str
+    mode: Literal["max", "min"]
+    scores: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Remembers the score of a checkpoint, if it has one."""
+        score = metrics.get(self.best, math.nan)
+        if math.isfinite(score):
+            self.scores[step] = score if self.mode == "max" else -score
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[ocp.checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: ocp.checkpoint_managers.PreservationContext,
+    ) -> list[bool]:
+        """Whether each of the checkpoints stays; they come oldest first."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = set(steps[-self.keep :])
+        if scored := [step for step in steps if step in self.scores]:
+            kept.add(max(scored, key=self.scores.__getitem__))
+        return [step in kept for step in steps]
+
+
+class _Checksums(ocp.CheckpointHandler):
+    """An item that lists the files of all items, with their sizes and checksums."""
+
+    def save(self, directory: epath.Path, args: _ChecksumsArgs) -> None:
+        """Nothing: the other files are not there yet."""
+
+    def restore(self, directory: epath.Path, args: _ChecksumsArgs) -> None:
+        """Nothing: damage is looked for before anything is restored."""
+
+    def finalize(self, directory: epath.Path) -> None:
+        """Called when the files are complete, before the checkpoint gets its name."""
+        if jax.process_index() > 0:
+            return
+        root = directory.parent
+        listed = {
+            str(path.relative_to(root)): [path.stat().length, _checksum(path)]
+            for path in _files(root)
+            if path.parent != root
+        }
+        (directory / _CHECKSUMS_FILE.split("/")[1]).write_text(json.dumps(listed))
+
+
+@ocp.args.register_with_handler(_Checksums, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _ChecksumsArgs(ocp.args.CheckpointArgs):
+    """What Orbax calls for to save an item; this one needs nothing."""
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def _checksum(path: epath.Path) -> int | None:
+    """CRC of a file, or ``None`` with several processes."""
+    # What they save is large, and this one would read back all of it. Storage that
+    # many hosts share has checksums of its own; sizes still tell a file cut short.
+    if jax.process_count() > 1:
+        return None
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _damage(folder: epath.Path) -> str | None:
+    """What is wrong with a checkpoint, or ``None``."""
+    # Orbax would notice most of it, but its threads go on failing after the error.
+    try:
+        listed = json.loads((folder / _CHECKSUMS_FILE).read_text())
+    except (OSError, ValueError) as error:
+        return f"{_CHECKSUMS_FILE}: {error}"
+    for name, (size, checksum) in listed.items():
+        path = folder / name
+        if not path.exists():
+            return f"{name} is missing"
+        if (length := path.stat().length) != size:
+            return f"{name} has {length} bytes and had {size}"
+        if checksum is not None and _checksum(path) != checksum:
+            return f"{name} has changed"
+    return None
+
+
+def _described(state: DistillState) -> dict[str, str]:
+    """Each array's dtype and shape by its path, such as ``float32[3,4]``."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def _flat(config: Any) -> dict[str, str]:
+    """Each setting as JSON by its path, such as ``optimizer/lr``."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): json.dumps(value)
+        for path, value in jax.tree_util.tree_leaves_with_path(
+            config, is_leaf=lambda value: value is None
+        )
+    }
+
+
+def _refuse_other(
+    what: str, folder: epath.Path, saved: Mapping[str, str], current: Mapping[str, str]
+) -> None:
+    differing = [
+        f"{name}: checkpoint has {saved.get(name, 'nothing')}, "
+        f"this run has {current.get(name, 'nothing')}"
+        for name in sorted(saved.keys() | current.keys())
+        if saved.get(name) != current.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{what}: the checkpoint {folder} is of another run:\n  "
+            + "\n  ".join(differing)
+            + "\nGo back to what it was saved with, or choose another folder."
+        )
+
+
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as it will be read back: tuples are lists then, keys strings."""
+    try:
+        return json.loads(json.dumps(dict(config)))
+    except TypeError as error:
+        raise TypeError(
+            f"config: got {config!r}; expected values that JSON can hold: {error}."
+        ) from error
+
+
+def _writable(folder: str | os.PathLike[str]) -> epath.Path:
+    path = epath.Path(folder)
+    # A bucket is absolute, and absolute() would make a local path of it.
+    path = path if path.is_absolute() else path.absolute()
+    probe = path / f".writable.{jax.process_index()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"folder: cannot write to {path} ({error}); expected a folder, there or "
+            "to be made, that this user may write to. Move what is in its way or "
+            "choose another."
+        ) from error
+    return path

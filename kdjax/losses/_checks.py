@@ -1,0 +1,167 @@
+"""Refusals: every bad argument is named, with what came and what was expected.
+
+Shapes and dtypes are known while tracing and always checked; values only where
+they are concrete, which is why ranges are checked for Python numbers alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+
+def floating(**arrays: ArrayLike) -> None:
+    """Every array holds floating-point numbers and has at least one axis."""
+    for name, array in arrays.items():
+        dtype, shape = jnp.result_type(array), np.shape(array)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{name}: got dtype {dtype}, expected floating-point logits; integer "
+                "labels go to cross_entropy, and class scores are cast by the caller."
+            )
+        if not shape:
+            raise ValueError(f"{name}: got a scalar, expected shape [..., V].")
+
+
+def logits(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    rank: int | None = None,
+) -> None:
+    """Student and teacher have floating logits of one shape, and so has ``where``."""
+    floating(student_logits=student_logits, teacher_logits=teacher_logits)
+    student, teacher = np.shape(student_logits), np.shape(teacher_logits)
+    if student[-1] != teacher[-1]:
+        hint = "kdjax never pads or truncates a vocabulary: align them first."
+    else:
+        hint = "Nothing is broadcast: give both the same leading axes."
+    chex.assert_equal_shape(
+        (student_logits, teacher_logits),
+        custom_message=f"student_logits {student} and teacher_logits {teacher}: "
+        f"expected one shape [..., V]. {hint}",
+        exception_type=ValueError,
+    )
+    if rank is not None and len(student) != rank:
+        raise ValueError(
+            f"student_logits: got shape {student}, expected {rank} axes [B, V]: this "
+            "loss relates the examples of one batch."
+        )
+    if where is not None:
+        boolean(student, where=where)
+
+
+def softened(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    temperature: ArrayLike,
+    where: ArrayLike | None,
+) -> None:
+    """What every divergence asks of its common arguments."""
+    logits(student_logits, teacher_logits, where=where)
+    positive(temperature=temperature)
+    scale(np.shape(student_logits)[:-1], temperature=temperature)
+
+
+def boolean(shape: tuple[int, ...], **masks: ArrayLike) -> None:
+    """Every mask is boolean and of the given shape."""
+    for name, mask in masks.items():
+        if jnp.result_type(mask) != bool:
+            raise TypeError(
+                f"{name}: got dtype {jnp.result_type(mask)}, expected bool "
+                "(True counts)."
+            )
+        if np.shape(mask) != shape:
+            raise ValueError(
+                f"{name}: got shape {np.shape(mask)}, expected {shape}, the shape of "
+                "what it masks; broadcast it explicitly. A mask over examples or "
+                "tokens belongs to Mean.of."
+            )
+
+
+def labels(labels: ArrayLike, logits: ArrayLike) -> None:
+    """Labels are integers, one per position, and below the number of classes.
+
+    The values are looked at only where they are concrete. Under jit a label that is
+    too large makes the loss NaN instead.
+    """
+    dtype, shape, batch = jnp.result_type(labels), np.shape(labels), np.shape(logits)
+    one_hot = "one-hot or soft labels? Take labels.argmax(-1), or soft_cross_entropy."
+    if not jnp.issubdtype(dtype, jnp.integer):
+        hint = one_hot if shape == batch else "Cast them to int32."
+        raise TypeError(f"labels: got dtype {dtype}, expected integers. {hint}")
+    if shape != batch[:-1]:
+        hint = one_hot if shape == batch else "One label per position."
+        raise ValueError(f"labels: got shape {shape}, expected {batch[:-1]}. {hint}")
+    if not isinstance(labels, jax.core.Tracer) and np.size(labels):
+        largest = int(np.max(np.asarray(labels)))
+        if largest >= batch[-1]:
+            raise ValueError(
+                f"labels: got {largest}, expected less than the {batch[-1]} classes of "
+                "the logits (negative labels are not scored)."
+            )
+
+
+def _concrete(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+
+def positive(**numbers: ArrayLike) -> None:
+    """Every Python number is positive and finite."""
+    for name, number in numbers.items():
+        if _concrete(number) and not (number > 0 and math.isfinite(number)):
+            raise ValueError(
+                f"{name}: got {number}, expected a positive, finite number."
+            )
+
+
+def finite(**numbers: ArrayLike) -> None:
+    """Every Python number is finite."""
+    for name, number in numbers.items():
+        if _concrete(number) and not math.isfinite(number):
+            raise ValueError(f"{name}: got {number}, expected a finite number.")
+
+
+def non_negative(**numbers: ArrayLike) -> None:
+    """Every Python number is finite and at least 0."""
+    for name, number in numbers.items():
+        if _concrete(number) and not (number >= 0 and math.isfinite(number)):
+            raise ValueError(
+                f"{name}: got {number}, expected a finite number of at least 0."
+            )
+
+
+def fraction(**numbers: ArrayLike) -> None:
+    """Every Python number lies in [0, 1]."""
+    for name, number in numbers.items():
+        if _concrete(number) and not 0 <= number <= 1:
+            raise ValueError(f"{name}: got {number}, expected a number in [0, 1].")
+
+
+def inside(*, at_zero: str, at_one: str, **numbers: ArrayLike) -> None:
+    """Every Python number lies strictly between 0 and 1."""
+    for name, number in numbers.items():
+        if _concrete(number) and not 0 < number < 1:
+            instead = {0: at_zero, 1: at_one}.get(number)
+            hint = f"; for that end use {instead}" if instead else ""
+            raise ValueError(
+                f"{name}: got {number}, expected a number strictly between 0 and 1"
+                f"{hint}."
+            )
+
+
+def scale(shape: tuple[int, ...], **numbers: ArrayLike) -> None:
+    """Every number is a scalar or has one value per position."""
+    for name, number in numbers.items():
+        if np.shape(number) not in ((), shape):
+            raise ValueError(
+                f"{name}: got shape {np.shape(number)}, expected a scalar or one value "
+                f"per position, {shape}."
+            )

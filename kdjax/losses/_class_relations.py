@@ -1,0 +1,302 @@
+"""Losses over how classes, or examples, relate in the predictions of a batch.
+
+No temperature² here: correlations do not shrink as the temperature grows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from kdjax.losses import _checks
+from kdjax.losses._classification import weighted, widened
+from kdjax.losses._kl import forward_kl
+
+
+def _less_uniform(logits: Array, temperature: Array) -> Array:
+    """softmax(logits / temperature) - 1/V, precise where both are nearly equal."""
+    logits = logits / jnp.asarray(temperature, logits.dtype)[..., None]
+    top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+    powers = jnp.expm1(logits - jnp.where(jnp.isneginf(top), 0.0, top))
+    total = jnp.sum(1.0 + powers, -1, keepdims=True)
+    excess = powers - jnp.mean(powers, -1, keepdims=True)
+    return excess / jnp.where(total > 0, total, 1.0)
+
+
+def _unit(values: Array, axis: int, where: Array) -> tuple[Array, Array]:
+    """Centred and scaled to length 1 along the axis; and whether that is defined."""
+    # Against the largest first: what is constant becomes 0 exactly, not rounding.
+    top = jnp.max(values, axis, keepdims=True, initial=-jnp.inf, where=where)
+    values = values - jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0.0, top))
+    values = jnp.where(where, values, 0.0)
+    count = jnp.maximum(jnp.sum(where, axis, keepdims=True), 1)
+    mean = jnp.sum(values, axis, keepdims=True) / count
+    values = jnp.where(where, values - mean, 0.0)
+    # The squares of tiny probabilities would underflow. Length 1 does not depend on
+    # this scale, so that it needs no gradient.
+    scale = jax.lax.stop_gradient(jnp.max(jnp.abs(values), axis, keepdims=True))
+    varies = scale > 0
+    values = values / jnp.where(varies, scale, 1.0)
+    square = jnp.sum(values**2, axis, keepdims=True)
+    length = jnp.sqrt(jnp.where(varies, square, 1.0))
+    return values / length, jnp.squeeze(varies, axis)
+
+
+def _correlation_distance(
+    student: Array, teacher: Array, axis: int, where: Array
+) -> Array:
+    """1 - Pearson's correlation along the axis, 0 where one side is constant."""
+    student, student_varies = _unit(student, axis, where)
+    teacher, teacher_varies = _unit(teacher, axis, where)
+    # Half the squared distance of unit vectors is 1 - cosine, never negative and
+    # precise where they agree.
+    distance = 0.5 * jnp.sum((student - teacher) ** 2, axis)
+    return jnp.where(student_varies & teacher_varies, distance, 0.0)
+
+
+@functools.partial(jax.jit, inline=True)
+def _inter_class_relation(
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: Array,
+    where: Array | None,
+) -> Array:
+    student, teacher = widened(student_logits), widened(teacher_logits)
+    if where is None:
+        where = jnp.ones(student.shape, bool)
+    student = jnp.where(where, student, -jnp.inf)
+    teacher = jnp.where(where, teacher, -jnp.inf)
+    student, teacher = (_less_uniform(z, temperature) for z in (student, teacher))
+    return _correlation_distance(student, teacher, -1, where)
+
+
+def inter_class_relation(
+    student_logits: Float[Array, "*batch V"],
+    teacher_logits: Float[Array, "*batch V"],
+    *,
+    temperature: float | Array = 1.0,
+    where: Bool[Array, "*batch V"] | None = None,
+) -> Float[Array, "*batch"]:
+    r"""Pulls the student's preferences among the classes of each example.
+
+    .. math:: 1 - \rho(q, p), \quad
+       p = \mathrm{softmax}(z_t / \tau), \; q = \mathrm{softmax}(z_s / \tau)
+
+    with Pearson's correlation :math:`\rho` over the classes: only relative
+    preferences count, not how sure a model is. DIST is
+    :math:`\beta \tau^2` times the mean of this plus :math:`\gamma \tau^2` times the
+    mean of :func:`intra_class_relation`; the factor is left to the weights.
+
+    Args:
+      student_logits: unnormalised log-probabilities of the student, ``[..., V]``.
+      teacher_logits: the same of the teacher, equal in shape.
+      temperature: softens both sides; positive. No factor temperature² follows.
+      where: vocabulary slots that exist, and over which the correlation is taken. A
+        slot at -inf that is not masked counts as a class of probability 0.
+
+    Returns:
+      One value per position, ``[...]``, in [0, 2]; 0 where a side is constant, which
+      leaves the correlation undefined (so with one class), and without a gradient.
+
+    Raises:
+      ValueError: the shapes differ, or ``temperature`` is not positive.
+      TypeError: logits that are not floating, a mask that is not boolean.
+
+    Example:
+      >>> teacher = jnp.array([2.0, 1.0, 0.0])
+      >>> inter_class_relation(teacher, teacher).item()
+      0.0
+
+    Reference:
+      Huang, You, Wang, Qian and Xu, Knowledge Distillation from A Stronger Teacher,
+      2022, equation 8. arXiv:2205.10536
+    """
+    _checks.logits(student_logits, teacher_logits, where=where)
+    _checks.positive(temperature=temperature)
+    _checks.scale(jnp.shape(student_logits)[:-1], temperature=temperature)
+    return _inter_class_relation(student_logits, teacher_logits, temperature, where)
+
+
+def _kept(
+    student_logits: Array, teacher_logits: Array, where: Array | None
+) -> tuple[Array, Array, Array]:
+    """Logits with the rows of masked examples replaced, and the mask as a column."""
+    student, teacher = widened(student_logits), widened(teacher_logits)
+    if where is None:
+        where = jnp.ones(student.shape[:1], bool)
+    where = where[:, None]
+    return jnp.where(where, student, 0.0), jnp.where(where, teacher, 0.0), where
+
+
+@functools.partial(jax.jit, inline=True)
+def _intra_class_relation(
+    student_logits: Array,
+    teacher_logits: Array,
+    temperature: Array,
+    where: Array | None,
+) -> Array:
+    student, teacher, where = _kept(student_logits, teacher_logits, where)
+    student, teacher = (_less_uniform(z, temperature) for z in (student, teacher))
+    return _correlation_distance(student, teacher, 0, where)
+
+
+def intra_class_relation(
+    student_logits: Float[Array, "B V"],
+    teacher_logits: Float[Array, "B V"],
+    *,
+    temperature: float | Array = 1.0,
+    where: Bool[Array, "B"] | None = None,
+) -> Float[Array, "V"]:
+    r"""Pulls how each class ranks the examples of the batch.
+
+    .. math:: 1 - \rho(q_{\cdot v}, p_{\cdot v}), \quad
+       p = \mathrm{softmax}(z_t / \tau), \; q = \mathrm{softmax}(z_s / \tau)
+
+    with Pearson's correlation :math:`\rho` over the examples, one for each class v.
+    This loss relates the examples of a batch: on a mesh it sees the global one, and
+    its value over micro-batches is another than over the whole.
+
+    Args:
+      student_logits: unnormalised log-probabilities of the student, ``[B, V]``.
+      teacher_logits: the same of the teacher, equal in shape.
+      temperature: softens both sides; positive. No factor temperature² follows.
+      where: examples that count, ``[B]``.
+
+    Returns:
+      One value per class, ``[V]``, in [0, 2]; 0 where a side is constant over the
+      examples, which leaves the correlation undefined (so with one example), and
+      without a gradient.
+
+    Raises:
+      ValueError: the shapes differ, there are not two axes, or ``temperature`` is not
+        positive.
+      TypeError: logits that are not floating, a mask that is not boolean.
+
+    Example:
+      >>> teacher = jnp.array([[2.0, 1.0], [0.0, 1.0]])
+      >>> intra_class_relation(teacher[::-1], teacher)
+      Array([2., 2.], dtype=float32)
+
+    Reference:
+      Huang, You, Wang, Qian and Xu, Knowledge Distillation from A Stronger Teacher,
+      2022, equation 9. arXiv:2205.10536
+    """
+    _checks.logits(student_logits, teacher_logits, rank=2)
+    _checks.positive(temperature=temperature)
+    _checks.scale(jnp.shape(student_logits)[:1], temperature=temperature)
+    if where is not None:
+        _checks.boolean(jnp.shape(student_logits)[:1], where=where)
+    return _intra_class_relation(student_logits, teacher_logits, temperature, where)
+
+
+def _gram_distances(student: Array, teacher: Array) -> tuple[Array, Array]:
+    """Squared Frobenius distances of the [B, B] and of the [V, V] Gram matrices."""
+    # s s' - t t' = (s - t) s' + t (s - t)': precise where the two agree. The default
+    # precision of a matrix product is bfloat16 on a TPU.
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    gap = student - teacher
+    examples = product(gap, student.T) + product(teacher, gap.T)
+    classes = product(gap.T, student) + product(teacher.T, gap)
+    return jnp.sum(examples**2), jnp.sum(classes**2)
+
+
+@functools.partial(jax.jit, inline=True)
+def _multi_level_relation(
+    student_logits: Array,
+    teacher_logits: Array,
+    temperatures: tuple[Array, ...],
+    weights: tuple[Array, Array, Array],
+    where: Array | None,
+) -> Array:
+    student, teacher, where = _kept(student_logits, teacher_logits, where)
+    count = jnp.maximum(jnp.sum(where), 1)
+    instance_weight, batch_weight, class_weight = weights
+    loss = jnp.zeros((), student.dtype)
+    for temperature in temperatures:
+        soft = forward_kl(student, teacher, temperature=temperature)
+        instances = jnp.sum(jnp.where(where[:, 0], soft, 0.0)) / count
+        q, p = (
+            jnp.where(where, jax.nn.softmax(z / temperature), 0.0)
+            for z in (student, teacher)
+        )
+        examples, classes = _gram_distances(q, p)
+        loss += weighted(instance_weight, instances)
+        loss += weighted(batch_weight, examples / count)
+        loss += weighted(class_weight, classes / student.shape[-1])
+    return loss
+
+
+def multi_level_relation(
+    student_logits: Float[Array, "B V"],
+    teacher_logits: Float[Array, "B V"],
+    *,
+    temperatures: Sequence[float | Array] = (2.0, 3.0, 4.0, 5.0, 6.0),
+    instance_weight: float | Array = 1.0,
+    batch_weight: float | Array = 1.0,
+    class_weight: float | Array = 1.0,
+    where: Bool[Array, "B"] | None = None,
+) -> Float[Array, ""]:
+    r"""Pulls predictions, the likeness of examples and the likeness of classes.
+
+    .. math:: \sum_\tau \Bigl(
+       \frac{\tau^2}{B} \sum_b KL(p_b \| q_b)
+       + \frac{1}{B} \| q q^\top - p p^\top \|_F^2
+       + \frac{1}{V} \| q^\top q - p^\top p \|_F^2 \Bigr)
+
+    with the predictions p and q softened by each temperature in turn. This loss
+    relates the examples of a batch: on a mesh it sees the global one, and its value
+    over micro-batches is another than over the whole.
+
+    The published code masks means with the mask of half of the examples or classes
+    after they were taken, and adds the weak view's terms twice where the strong
+    view's are meant; here every example counts, as in the paper.
+
+    Args:
+      student_logits: unnormalised log-probabilities of the student, ``[B, V]``.
+      teacher_logits: the same of the teacher, equal in shape.
+      temperatures: the levels of softening that are summed; positive, at least one.
+      instance_weight: weight of the KL of single examples.
+      batch_weight: weight of the ``[B, B]`` likeness of examples.
+      class_weight: weight of the ``[V, V]`` likeness of classes.
+      where: examples that count, ``[B]``; B is their number.
+
+    Returns:
+      A scalar; 0 where the predictions agree, and where no example counts.
+
+    Raises:
+      ValueError: the shapes differ, there are not two axes, a temperature is not
+        positive, or a weight is negative.
+      TypeError: logits that are not floating, a mask that is not boolean.
+
+    Example:
+      >>> teacher = jnp.array([[2.0, 1.0], [0.0, 1.0]])
+      >>> multi_level_relation(teacher, teacher).item()
+      0.0
+
+    Reference:
+      Jin, Wang and Lin, Multi-Level Logit Distillation, CVPR 2023, pages
+      24276-24285, section 3.
+    """
+    _checks.logits(student_logits, teacher_logits, rank=2)
+    temperatures = tuple(temperatures)
+    if not temperatures:
+        raise ValueError("temperatures: got none, expected at least one.")
+    for temperature in temperatures:
+        _checks.positive(temperatures=temperature)
+        _checks.scale((), temperatures=temperature)
+    weights = (instance_weight, batch_weight, class_weight)
+    _checks.non_negative(
+        instance_weight=instance_weight,
+        batch_weight=batch_weight,
+        class_weight=class_weight,
+    )
+    if where is not None:
+        _checks.boolean(jnp.shape(student_logits)[:1], where=where)
+    return _multi_level_relation(
+        student_logits, teacher_logits, temperatures, weights, where
+    )

@@ -1,0 +1,227 @@
+"""Divergences through a mixture of teacher and student, which keeps them bounded."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float
+
+from kdjax.losses import _checks
+from kdjax.losses._pairs import (
+    Formula,
+    Pair,
+    Sums,
+    centred,
+    differentiable,
+    excess,
+    softened,
+)
+
+
+def _log_to_mixture(pair: Pair, share: Array) -> tuple[Array, Array, Array]:
+    """The mixture m = share p + (1 - share) q, with log(p/m) and log(q/m)."""
+    p, q, x = pair
+    above = x >= 0
+    # Each side of the select only sees the sign for which exp cannot overflow.
+    up, down = jnp.where(above, x, 0), jnp.where(above, 0, x)
+    from_p = -jnp.log1p((1 - share) * jnp.expm1(-up))
+    from_q = -jnp.log1p(share * jnp.expm1(down))
+    log_p = jnp.where(above, from_p, from_q + down)
+    log_q = jnp.where(above, from_p - up, from_q)
+    return share * p + (1 - share) * q, log_p, log_q
+
+
+def _js_terms(pair: Pair, beta: Array) -> Sums:
+    mixture, log_p, log_q = _log_to_mixture(pair, beta)
+    return (
+        beta * excess(pair.p, mixture, log_p),
+        (1 - beta) * excess(pair.q, mixture, log_q),
+    )
+
+
+def _js_student(pair: Pair, sums: Sums, beta: Array) -> Array:
+    _, _, log_q = _log_to_mixture(pair, beta)
+    return centred((1 - beta) * pair.q * log_q, pair.q, sums[1])
+
+
+def _js_teacher(pair: Pair, sums: Sums, beta: Array) -> Array:
+    _, log_p, _ = _log_to_mixture(pair, beta)
+    return centred(beta * pair.p * log_p, pair.p, sums[0])
+
+
+_js_core = differentiable(
+    Formula(_js_terms, lambda sums: sums[0] + sums[1], _js_student, _js_teacher)
+)
+
+
+def jensen_shannon(
+    student_logits: Float[ArrayLike, "*batch V"],
+    teacher_logits: Float[ArrayLike, "*batch V"],
+    *,
+    beta: ArrayLike = 0.5,
+    temperature: ArrayLike = 1.0,
+    where: Bool[ArrayLike, "*batch V"] | None = None,
+) -> Float[Array, "*batch"]:
+    r"""Pulls the student to the teacher through their mixture; bounded.
+
+    .. math::
+        \tau^2 [\beta \, \mathrm{KL}(p \| m) + (1 - \beta) \, \mathrm{KL}(q \| m)],
+        \quad m = \beta p + (1 - \beta) q
+
+    Divided by :math:`\beta` it tends to forward KL as :math:`\beta \to 0`, and divided
+    by :math:`1 - \beta` to reverse KL as :math:`\beta \to 1`; it is itself 0 at both
+    ends. TRL switches to the KLs there, and has no factor :math:`\tau^2`. The gradient
+    flows through the mixture.
+
+    Args:
+      student_logits: ``[..., V]``; see :func:`forward_kl` for the common arguments.
+      teacher_logits: ``[..., V]``.
+      beta: share of the teacher, strictly between 0 and 1; a scalar or one per
+        position.
+      temperature: softens both sides; positive, a scalar or one per position.
+      where: classes that exist, ``[..., V]``.
+
+    Returns:
+      One value per position, ``[...]``; 0 where the distributions agree, finite also
+      where one side has a logit of -inf.
+
+    Raises:
+      ValueError: the shapes differ, or a Python number is out of its range.
+      TypeError: the logits are not floating-point, or ``where`` is not boolean.
+
+    Example:
+      >>> jensen_shannon(jnp.array([0.0, -jnp.inf]), jnp.array([-jnp.inf, 0.0])).item()
+      0.6931472
+
+    Reference:
+      Agarwal et al., On-Policy Distillation of Language Models: Learning from
+      Self-Generated Mistakes, 2023, equation 1. arXiv:2306.13649
+    """
+    _checks.softened(student_logits, teacher_logits, temperature, where)
+    _checks.scale(jnp.shape(student_logits)[:-1], beta=beta)
+    _checks.inside(beta=beta, at_zero="forward_kl", at_one="reverse_kl")
+    return softened(_js_core, student_logits, teacher_logits, temperature, where, beta)
+
+
+def _skew_terms(pair: Pair, skew: Array) -> Sums:
+    mixture, log_p, _ = _log_to_mixture(pair, skew)
+    ratio = jnp.expm1(log_p)  # p/m - 1, bounded below by -1 and above by 1/skew
+    # log(p/m) is -inf where p is 0; such a class has no weight in the mean over p.
+    by_teacher = jnp.where(pair.p > 0, pair.p * (log_p - skew * ratio), 0)
+    return excess(pair.p, mixture, log_p), pair.q * ratio, by_teacher
+
+
+def _skew_student(pair: Pair, sums: Sums, skew: Array) -> Array:
+    _, log_p, _ = _log_to_mixture(pair, skew)
+    slope = (1 - skew) * pair.q * (sums[1] - jnp.expm1(log_p))
+    return jnp.where(pair.q > 0, slope, 0)
+
+
+def _skew_teacher(pair: Pair, sums: Sums, skew: Array) -> Array:
+    _, log_p, _ = _log_to_mixture(pair, skew)
+    slope = pair.p * (log_p - skew * jnp.expm1(log_p))
+    return centred(slope, pair.p, sums[2])
+
+
+_skew_core = differentiable(
+    Formula(_skew_terms, lambda sums: sums[0], _skew_student, _skew_teacher)
+)
+
+
+def _skew_reverse_core(
+    student: Array,
+    teacher: Array,
+    student_shift: Array,
+    teacher_shift: Array,
+    skew: Array,
+) -> Array:
+    return _skew_core(teacher, student, teacher_shift, student_shift, skew)
+
+
+def skew_kl(
+    student_logits: Float[ArrayLike, "*batch V"],
+    teacher_logits: Float[ArrayLike, "*batch V"],
+    *,
+    skew: ArrayLike = 0.1,
+    temperature: ArrayLike = 1.0,
+    where: Bool[ArrayLike, "*batch V"] | None = None,
+) -> Float[Array, "*batch"]:
+    r"""Forward KL against the student mixed with some of the teacher; bounded.
+
+    .. math:: \tau^2 \, \mathrm{KL}(p \,\|\, \lambda p + (1 - \lambda) q)
+
+    The gradient flows through the mixture.
+
+    Args:
+      student_logits: ``[..., V]``; see :func:`forward_kl` for the common arguments.
+      teacher_logits: ``[..., V]``.
+      skew: :math:`\lambda` in [0, 1], the teacher's share; at 0 this is forward KL.
+      temperature: softens both sides; positive, a scalar or one per position.
+      where: classes that exist, ``[..., V]``.
+
+    Returns:
+      One value per position, ``[...]``; 0 where the distributions agree.
+
+    Raises:
+      ValueError: the shapes differ, or a Python number is out of its range.
+      TypeError: the logits are not floating-point, or ``where`` is not boolean.
+
+    Example:
+      >>> skew_kl(jnp.array([0.0, -jnp.inf]), jnp.array([-jnp.inf, 0.0])).item()
+      2.3025851
+
+    Reference:
+      Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models,
+      2024, equation 4. arXiv:2402.03898
+    """
+    _checks.softened(student_logits, teacher_logits, temperature, where)
+    _checks.fraction(skew=skew)
+    _checks.scale(jnp.shape(student_logits)[:-1], skew=skew)
+    return softened(
+        _skew_core, student_logits, teacher_logits, temperature, where, skew
+    )
+
+
+def skew_reverse_kl(
+    student_logits: Float[ArrayLike, "*batch V"],
+    teacher_logits: Float[ArrayLike, "*batch V"],
+    *,
+    skew: ArrayLike = 0.1,
+    temperature: ArrayLike = 1.0,
+    where: Bool[ArrayLike, "*batch V"] | None = None,
+) -> Float[Array, "*batch"]:
+    r"""Reverse KL against the teacher mixed with some of the student; bounded.
+
+    .. math:: \tau^2 \, \mathrm{KL}(q \,\|\, \lambda q + (1 - \lambda) p)
+
+    The gradient flows through the mixture.
+
+    Args:
+      student_logits: ``[..., V]``; see :func:`forward_kl` for the common arguments.
+      teacher_logits: ``[..., V]``.
+      skew: :math:`\lambda` in [0, 1], the student's share; at 0 this is reverse KL.
+      temperature: softens both sides; positive, a scalar or one per position.
+      where: classes that exist, ``[..., V]``.
+
+    Returns:
+      One value per position, ``[...]``; 0 where the distributions agree.
+
+    Raises:
+      ValueError: the shapes differ, or a Python number is out of its range.
+      TypeError: the logits are not floating-point, or ``where`` is not boolean.
+
+    Example:
+      >>> skew_reverse_kl(jnp.array([0.3, 0.0]), jnp.array([0.3, 0.0])).item()
+      0.0
+
+    Reference:
+      Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language Models,
+      2024, equation 5. arXiv:2402.03898
+    """
+    _checks.softened(student_logits, teacher_logits, temperature, where)
+    _checks.fraction(skew=skew)
+    _checks.scale(jnp.shape(student_logits)[:-1], skew=skew)
+    return softened(
+        _skew_reverse_core, student_logits, teacher_logits, temperature, where, skew
+    )

@@ -1,0 +1,193 @@
+"""The table of losses that the battery runs over: one row for each."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdjax import losses
+from tests.losses import oracles
+
+LOGITS = ("student_logits", "teacher_logits")
+
+
+class Case(NamedTuple):
+    """What the battery has to know about one loss.
+
+    Attributes:
+      name: names the row; several rows may hold one loss.
+      loss: the function, and ``oracle`` its float64 formula.
+      hyper: keyword arguments, away from their defaults where that tells more.
+      arguments: names of the positional arguments, in order.
+      gives: what there is one value of: "position", "slot", "class" or "scalar".
+      zero: the loss and its gradient are 0 at student == teacher.
+      signed: the loss may be negative, at no fault.
+      masks: what ``where`` masks: "slots", "examples" or nothing.
+      excludes: what a slot at -inf on both sides does: as if it was "deleted", or
+        merely "finite".
+      frozen: the gradient stops at a weight in it, so that differences of the value
+        do not show it.
+      sorts: needs all the classes of a row in one place.
+    """
+
+    name: str
+    loss: Callable[..., Any]
+    oracle: Callable[..., Any]
+    hyper: Mapping[str, Any]
+    arguments: tuple[str, ...] = LOGITS
+    gives: str = "position"
+    zero: bool = False
+    signed: bool = False
+    masks: str | None = None
+    excludes: str = "deleted"
+    frozen: bool = False
+    sorts: bool = False
+
+    @property
+    def labelled(self) -> bool:
+        return "labels" in self.arguments
+
+    def __call__(self, inputs, **extra):
+        arrays = [inputs[name] for name in self.arguments]
+        return self.loss(*arrays, **{**self.hyper, **extra})
+
+    def exact(self, inputs, **extra):
+        """The oracle's value for the same inputs."""
+        arrays = [np.asarray(inputs[name]) for name in self.arguments]
+        arrays = [a if a.dtype.kind == "i" else a.astype(float) for a in arrays]
+        return self.oracle(*arrays, **{**self.hyper, **extra})
+
+
+def _divergence(name, hyper=None, *, row=None, zero=True, **facts):
+    return Case(
+        row or name,
+        getattr(losses, name),
+        getattr(oracles, name),
+        {"temperature": 1.7, **(hyper or {})},
+        zero=zero,
+        masks="slots",
+        **facts,
+    )
+
+
+def _classification(name, hyper, **facts):
+    return Case(name, getattr(losses, name), getattr(oracles, name), hyper, **facts)
+
+
+DIVERGENCES = [
+    _divergence("forward_kl"),
+    _divergence("reverse_kl"),
+    _divergence("symmetric_kl", {"reverse_weight": 0.3}),
+    _divergence("jensen_shannon", {"beta": 0.3}),
+    _divergence("skew_kl", {"skew": 0.2}),
+    _divergence("skew_reverse_kl", {"skew": 0.2}),
+    _divergence("total_variation"),
+    _divergence("alpha_beta", {"alpha": 0.3, "beta": 0.6}),
+    _divergence(
+        "alpha_beta", {"alpha": 1.4, "beta": -0.3}, row="alpha_beta_negative_beta"
+    ),
+    _divergence("renyi", {"order": 0.6}),
+    _divergence("renyi", {"order": 1.8}, row="renyi_above_1"),
+    _divergence("adaptive_kl", {"head_mass": 0.6}, frozen=True, sorts=True),
+    _divergence("interpolated_teacher_kl", {"progress": 0.4}, frozen=True),
+    _divergence("soft_cross_entropy", zero=False),
+]
+
+LABELLED = (*LOGITS, "labels")
+
+CLASSIFICATION = [
+    _classification(
+        "cross_entropy",
+        {"label_smoothing": 0.1},
+        arguments=("student_logits", "labels"),
+        masks="slots",
+    ),
+    _classification(
+        "knowledge_distillation",
+        {"temperature": 3.0, "alpha": 0.3},
+        arguments=LABELLED,
+    ),
+    _classification("hard_distillation", {}, masks="slots", sorts=True),
+    _classification(
+        "decoupled_kd",
+        {"alpha": 1.5, "beta": 4.0, "temperature": 3.0},
+        arguments=LABELLED,
+        zero=True,
+    ),
+    _classification(
+        "normalized_kd", {"gamma": 1.2, "temperature": 1.4}, arguments=LABELLED
+    ),
+    _classification(
+        "weighted_soft_labels", {"temperature": 2.5}, arguments=LABELLED, frozen=True
+    ),
+    _classification(
+        "inter_class_relation",
+        {"temperature": 1.7},
+        zero=True,
+        masks="slots",
+        excludes="finite",
+    ),
+    _classification(
+        "intra_class_relation",
+        {"temperature": 1.7},
+        gives="class",
+        zero=True,
+        masks="examples",
+        excludes="finite",
+    ),
+    _classification(
+        "multi_level_relation",
+        {"temperatures": (1.5, 3.0), "batch_weight": 5.0, "class_weight": 7.0},
+        gives="scalar",
+        zero=True,
+        masks="examples",
+        excludes="finite",
+    ),
+    _classification(
+        "binary_distillation",
+        {"temperature": 1.7},
+        gives="slot",
+        zero=True,
+        excludes="finite",
+    ),
+    _classification("logit_mse", {}, zero=True, masks="slots"),
+    _classification(
+        "standardize_logits",
+        {},
+        arguments=("student_logits",),
+        gives="slot",
+        signed=True,
+        excludes="finite",
+    ),
+    _classification(
+        "bounded_regression",
+        {"margin": 0.5},
+        arguments=(*LOGITS, "targets"),
+        excludes="finite",
+    ),
+    _classification("pairwise_hinge", {}, zero=True, masks="slots", sorts=True),
+    _classification("logistic_ranking", {}, masks="slots", sorts=True),
+]
+
+CASES = DIVERGENCES + CLASSIFICATION
+
+
+def select(condition=lambda case: True):
+    """Parameters for ``pytest.mark.parametrize("case", ...)``, named."""
+    return [pytest.param(case, id=case.name) for case in CASES if condition(case)]
+
+
+def sample(shape=(4, 8), seed=0, dtype=jnp.float32):
+    """Inputs of ordinary size for every loss: ``[*batch, V]`` and ``[*batch]``."""
+    rng = np.random.default_rng(seed)
+    student, teacher = rng.normal(0, 1.5, shape), rng.normal(0, 2.0, shape)
+    # The truth lies near the teacher in every other row, near the student in the rest.
+    nearer = np.where(np.arange(shape[0]) % 2 == 0, teacher.T, student.T).T
+    return {
+        "student_logits": jnp.asarray(student, dtype),
+        "teacher_logits": jnp.asarray(teacher, dtype),
+        "targets": jnp.asarray(nearer + rng.normal(0, 0.5, shape), dtype),
+        "labels": jnp.asarray(rng.integers(0, shape[-1], shape[:-1]), jnp.int32),
+    }
