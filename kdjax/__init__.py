@@ -1,0 +1,33 @@
+"""kdjax: functional knowledge distillation for JAX and Flax.
+
+The public face: loss functions, the core types, and the training step. Adapters are
+in :mod:`kdjax.models`, objectives in :mod:`kdjax.objectives`, teachers in
+:mod:`kdjax.teachers`, metrics in :mod:`kdjax.metrics`, the loop in
+:mod:`kdjax.train`, files in :mod:`kdjax.io`. Importing this loads no flax.
+"""
+
+from kdjax import losses
+from kdjax.train.step import make_train_step
+from kdjax.types import (
+    Adapted,
+    LinearHead,
+    Mean,
+    Model,
+    Objective,
+    Outputs,
+    Teacher,
+    Term,
+)
+
+__all__ = [
+    "Adapted",
+    "LinearHead",
+    "Mean",
+    "Model",
+    "Objective",
+    "Outputs",
+    "Teacher",
+    "Term",
+    "losses",
+    "make_train_step",
+]

@@ -72,9 +72,7 @@ class Mean:
                 f"where: got shape {where.shape} for values of shape {values.shape}; "
                 "expected one entry per value."
             )
-        return cls(
-            jnp.where(where, values, 0).sum(), jnp.sum(where, dtype=jnp.int32)
-        )
+        return cls(jnp.where(where, values, 0).sum(), jnp.sum(where, dtype=jnp.int32))
 
     def __add__(self, other: Mean) -> Mean:
         return Mean(self.total + other.total, self.count + other.count)
@@ -126,6 +124,14 @@ class Outputs:
     logits: Array | LinearHead | None
     features: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
+    def dense_logits(self) -> Array:
+        """The logits multiplied out, ``[*batch, V]``; refused where there are none."""
+        if self.logits is None:
+            raise ValueError("logits: this model gives none, only features.")
+        if isinstance(self.logits, LinearHead):
+            return self.logits.logits()
+        return self.logits
+
 
 class ApplyModel(Protocol):
     """Runs a model: ``(params, model_state, batch, *, rng, train)``."""
@@ -173,15 +179,17 @@ class Teacher(NamedTuple):
     Build one with :mod:`kdjax.teachers`, which is where the gradient is stopped.
 
     Attributes:
-      init: ``(student_params) -> teacher_state``, ``()`` when nothing moves.
+      init: ``(student_params, student_model_state) -> teacher_state``, ``()`` when
+        nothing moves.
       outputs: ``(frozen, teacher_state, batch) -> Outputs``.
-      update: ``(teacher_state, student_params, step) -> teacher_state``, once per
-        optimizer step.
+      update: ``(teacher_state, student_params, student_model_state, step) ->
+        teacher_state``, once per optimizer step. The student's state is passed too,
+        since an average of its parameters needs the batch statistics that fit them.
     """
 
-    init: Callable[[PyTree], PyTree]
+    init: Callable[[PyTree, PyTree], PyTree]
     outputs: Callable[[PyTree, PyTree, Batch], Outputs]
-    update: Callable[[PyTree, PyTree, Array], PyTree]
+    update: Callable[[PyTree, PyTree, PyTree, Array], PyTree]
 
 
 class Term(NamedTuple):

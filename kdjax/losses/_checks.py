@@ -73,7 +73,7 @@ def softened(
 def boolean(shape: tuple[int, ...], **masks: ArrayLike) -> None:
     """Every mask is boolean and of the given shape."""
     for name, mask in masks.items():
-        if jnp.result_type(mask) != bool:
+        if jnp.result_type(mask) != jnp.bool_:
             raise TypeError(
                 f"{name}: got dtype {jnp.result_type(mask)}, expected bool "
                 "(True counts)."

@@ -39,12 +39,16 @@ def _gap(student: Array, teacher: Array) -> Array:
 
 
 @jax.custom_jvp
-def bernoulli_kl(student: Array, teacher: Array) -> Array:
-    """KL(sigmoid(teacher) ‖ sigmoid(student)), elementwise; never negative."""
+def bernoulli_kl(student: Array, teacher: Array, gap: Array) -> Array:
+    """KL(sigmoid(teacher) ‖ sigmoid(student)), elementwise; never negative.
+
+    ``gap`` is ``student - teacher``, which callers know better than their difference.
+    """
     # Seen from the side on which the teacher's probability is at most a half.
     student = jnp.where(teacher > 0, -student, student)
+    gap = jnp.where(teacher > 0, -gap, gap)
     teacher = -jnp.abs(teacher)
-    p, gap = jax.nn.sigmoid(teacher), _gap(student, teacher)
+    p = jax.nn.sigmoid(teacher)
 
     near = jnp.abs(gap) < 1
     small = jnp.where(near, gap, 0.0)
@@ -60,8 +64,8 @@ def bernoulli_kl(student: Array, teacher: Array) -> Array:
 
 @bernoulli_kl.defjvp
 def _bernoulli_kl_jvp(primals, tangents):  # type: ignore[no-untyped-def]
-    student, teacher = primals
-    gap = _gap(student, teacher)
+    # The gap moves with the other two, and has no derivative of its own.
+    student, teacher, gap = primals
     # sigmoid(student) - sigmoid(teacher), without the cancellation.
     rises = gap >= 0
     up, down = jnp.where(rises, gap, 0.0), jnp.where(rises, 0.0, gap)
@@ -73,7 +77,7 @@ def _bernoulli_kl_jvp(primals, tangents):  # type: ignore[no-untyped-def]
     )
     teacher_slope = weighted(-sigmoid(teacher) * sigmoid(-teacher), gap)
     tangent = student_slope * tangents[0] + teacher_slope * tangents[1]
-    return bernoulli_kl(student, teacher), tangent
+    return bernoulli_kl(student, teacher, gap), tangent
 
 
 @jax.custom_jvp
@@ -92,14 +96,41 @@ def _log_sum_exp_jvp(primals, tangents):  # type: ignore[no-untyped-def]
     return value, jnp.sum(softmax * tangents[0], -1)
 
 
-def _label_log_odds(logits: Array, is_label: Array) -> Array:
-    """log p(label) - log(1 - p(label)), +inf where no other class exists."""
+def _label_log_odds(logits: Array, is_label: Array) -> tuple[Array, Array]:
+    """log p(label) - log(1 - p(label)), +inf where no other class exists.
+
+    And the distribution over the others, which is 0 for the label.
+    """
     top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
     logits = logits - jnp.where(jnp.isneginf(top), 0.0, top)
     label = jnp.sum(jnp.where(is_label, logits, 0.0), -1)
-    others = _log_sum_exp(jnp.where(is_label, -jnp.inf, logits))
+    rest = jnp.where(is_label, -jnp.inf, logits)
+    others = _log_sum_exp(rest)
     alone = jnp.isneginf(others)
-    return jnp.where(alone, jnp.inf, label - jnp.where(alone, 0.0, others))
+    others = jnp.where(alone, 0.0, others)
+    shares = jnp.exp(rest - others[..., None])
+    return jnp.where(alone, jnp.inf, label - others), shares
+
+
+def _target_kl(
+    student: Array, teacher: Array, is_label: Array, softening: Array
+) -> Array:
+    """The KL of the label's class against all the others, from log-odds."""
+    wide = softening[..., None]
+    student_odds, _ = _label_log_odds(student / wide, is_label)
+    teacher_odds, shares = _label_log_odds(teacher / wide, is_label)
+    # Where the models are close, the difference of the odds comes from that of the
+    # logits: two logarithms of sums would bring their rounding into it.
+    gaps = _gap(student, teacher) / wide
+    finite = jnp.where(jnp.isfinite(gaps), gaps, 0.0)
+    centre = jax.lax.stop_gradient(jnp.sum(shares * finite, -1, keepdims=True))
+    gaps = gaps - centre
+    near = jnp.all(jnp.abs(gaps) < 0.5, -1)
+    gaps = jnp.where(near[..., None], gaps, 0.0)
+    label = jnp.sum(jnp.where(is_label, gaps, 0.0), -1)
+    close = label - jnp.log1p(jnp.sum(shares * jnp.expm1(gaps), -1))
+    gap = jnp.where(near, close, _gap(student_odds, teacher_odds))
+    return bernoulli_kl(student_odds, teacher_odds, gap)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -114,10 +145,7 @@ def _decoupled_kd(
     def loss(student: Array, teacher: Array) -> Array:
         is_label = at_label(labels, student)
         softening = jnp.asarray(temperature, student.dtype)
-        target = softening**2 * bernoulli_kl(
-            _label_log_odds(student / softening[..., None], is_label),
-            _label_log_odds(teacher / softening[..., None], is_label),
-        )
+        target = softening**2 * _target_kl(student, teacher, is_label, softening)
         others = forward_kl(student, teacher, temperature=softening, where=~is_label)
         return weighted(alpha, target) + weighted(beta, others)
 
@@ -261,7 +289,9 @@ def _binary_distillation(
 ) -> Array:
     student, teacher = widened(student_logits), widened(teacher_logits)
     softening = jnp.asarray(temperature, student.dtype)[..., None]
-    return softening**2 * bernoulli_kl(student / softening, teacher / softening)
+    gap = _gap(student, teacher) / softening
+    value = bernoulli_kl(student / softening, teacher / softening, gap)
+    return softening**2 * value
 
 
 def binary_distillation(

@@ -25,11 +25,18 @@ def _log_to_mixture(pair: Pair, share: Array) -> tuple[Array, Array, Array]:
     above = x >= 0
     # Each side of the select only sees the sign for which exp cannot overflow.
     up, down = jnp.where(above, x, 0), jnp.where(above, 0, x)
-    from_p = -jnp.log1p((1 - share) * jnp.expm1(-up))
-    from_q = -jnp.log1p(share * jnp.expm1(down))
+    from_p = -_log_mixed(1 - share, share, -up)
+    from_q = -_log_mixed(share, 1 - share, down)
     log_p = jnp.where(above, from_p, from_q + down)
     log_q = jnp.where(above, from_p - up, from_q)
     return share * p + (1 - share) * q, log_p, log_q
+
+
+def _log_mixed(weight: Array, rest: Array, x: Array) -> Array:
+    """``log(weight * exp(x) + rest)`` for x <= 0 and weights that sum to one."""
+    near = x > -1
+    inner = jnp.log1p(weight * jnp.expm1(jnp.where(near, x, 0)))
+    return jnp.where(near, inner, jnp.log(weight * jnp.exp(x) + rest))
 
 
 def _js_terms(pair: Pair, beta: Array) -> Sums:

@@ -52,7 +52,7 @@ def standardize_logits(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch
       TypeError: logits that are not floating.
 
     Example:
-      >>> standardize_logits(jnp.array([3.0, 1.0, 2.0]))
+      >>> standardize_logits(jnp.array([3.0, 1.0, 2.0])).round(3)
       Array([ 1., -1.,  0.], dtype=float32)
 
     Reference:

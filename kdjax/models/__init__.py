@@ -1,0 +1,11 @@
+"""Adapters: networks of any kind, taken apart into pure functions and arrays.
+
+These are the only files that import flax. Each adapter returns an
+:class:`~kdjax.types.Adapted`: the function, its parameters and its state.
+"""
+
+from kdjax.models.bare import from_apply
+from kdjax.models.linen import from_linen
+from kdjax.models.nnx import from_nnx
+
+__all__ = ["from_apply", "from_linen", "from_nnx"]

@@ -1,0 +1,20 @@
+"""Training: the state, the step, its placement on a mesh, evaluation and the loop."""
+
+from kdjax.train.evaluation import evaluate, make_eval_step
+from kdjax.train.loop import FitResult, fit
+from kdjax.train.sharding import make_mesh, place, place_step
+from kdjax.train.state import DistillState, init_state
+from kdjax.train.step import make_train_step
+
+__all__ = [
+    "DistillState",
+    "FitResult",
+    "evaluate",
+    "fit",
+    "init_state",
+    "make_eval_step",
+    "make_mesh",
+    "make_train_step",
+    "place",
+    "place_step",
+]

@@ -79,7 +79,7 @@ def init_state(
     )
     # The teacher's copy must not share buffers with the student's: a state that
     # holds a buffer twice cannot be donated.
-    teacher_state = jax.tree.map(jnp.copy, teacher.init(params))
+    teacher_state = jax.tree.map(jnp.copy, teacher.init(params, model_state))
     objective_rng, rng = jax.random.split(rng)
 
     def outputs(params, model_state, teacher_state, frozen, batch, rng):
@@ -93,7 +93,7 @@ def init_state(
         "student": params,
         "objective": objective.init(objective_rng, student_spec, teacher_spec),
     }
-    return DistillState(
+    state = DistillState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
         params=trained,
@@ -103,3 +103,14 @@ def init_state(
         opt_state=optimizer.init(trained),
         rng=rng,
     )
+    return jax.tree.map(_strong, state)
+
+
+def _strong(leaf: Array) -> Array:
+    """Without a weak type, which the first step or a restart would make a strong one.
+
+    The step would then be compiled once more.
+    """
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    return jax.lax.convert_element_type(leaf, leaf.dtype)

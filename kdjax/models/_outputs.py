@@ -1,0 +1,63 @@
+"""What a network may return, and how its features are picked by path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import Array
+
+from kdjax.types import Batch, LinearHead, Outputs
+
+
+def arguments(batch: Batch, inputs: str | Sequence[str]) -> tuple[Array, ...]:
+    """The entries of a batch that a network takes, in order."""
+    names = (inputs,) if isinstance(inputs, str) else tuple(inputs)
+    missing = [name for name in names if name not in batch]
+    if missing:
+        raise ValueError(
+            f"inputs: the network takes {list(names)}, but the batch has "
+            f"{sorted(batch)}; pass inputs= to the adapter."
+        )
+    return tuple(batch[name] for name in names)
+
+
+def as_outputs(returned: Any, features: Mapping[str, Array]) -> Outputs:
+    """Wraps what a network returned, beside the features captured on the way."""
+    if isinstance(returned, Outputs):
+        return Outputs(returned.logits, {**returned.features, **features})
+    if isinstance(returned, (jax.Array, LinearHead)):
+        return Outputs(returned, dict(features))
+    raise TypeError(
+        f"The network returned {type(returned).__name__}; expected logits, a "
+        "kdjax.LinearHead or a kdjax.Outputs. Wrap what it returns."
+    )
+
+
+def pick(captured: Mapping[str, Array], wanted: Sequence[str]) -> dict[str, Array]:
+    """The captured arrays of the wanted paths."""
+    missing = [path for path in wanted if path not in captured]
+    if missing:
+        known = ", ".join(sorted(captured)) or "none"
+        raise ValueError(
+            f"features: got {missing}, which match nothing in this network. "
+            f"Paths that can be captured: {known}."
+        )
+    return {path: captured[path] for path in wanted}
+
+
+def by_path(calls: Mapping[tuple[Any, ...], Sequence[Any]]) -> dict[str, Array]:
+    """Names outputs by module path: ``blocks/0``, and ``blocks/0#1`` if called again.
+
+    Methods other than ``__call__`` are named too, as in ``encoder/attend``. What is
+    no array (a tuple, say) cannot be captured.
+    """
+    named = {}
+    for path, outputs in calls.items():
+        name = "/".join(str(part) for part in path if part != "__call__")
+        for repeat, output in enumerate(outputs):
+            if isinstance(output, jax.Array):
+                named[f"{name}#{repeat}" if repeat else name] = output
+    named.pop("", None)  # the network itself
+    return named

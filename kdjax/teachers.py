@@ -1,0 +1,136 @@
+"""Where targets come from. Gradients end here, and nowhere else.
+
+Every factory returns a :class:`~kdjax.types.Teacher` and the arrays that it reads
+and never changes; these go to the step as ``frozen``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import DTypeLike
+
+from kdjax.types import Adapted, Batch, Model, Outputs, PyTree, Scheduled, Teacher
+
+
+def _stopped(outputs: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    def without_gradient(*args: Any) -> Outputs:
+        return jax.lax.stop_gradient(outputs(*args))
+
+    return without_gradient
+
+
+def _evaluated(model: Model, arrays: PyTree, batch: Batch) -> Outputs:
+    params, state = arrays["params"], arrays["model_state"]
+    return model.apply(params, state, batch, rng=None, train=False)[0]
+
+
+def _cast(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
+    """Floating-point leaves in ``dtype``, the others as they are."""
+    if dtype is None:
+        return tree
+    return jax.tree.map(
+        lambda leaf: (
+            leaf.astype(dtype)
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+            else leaf
+        ),
+        tree,
+    )
+
+
+def frozen(
+    net: Adapted, *, dtype: DTypeLike | None = None
+) -> tuple[Teacher, dict[str, PyTree]]:
+    """A network that stays as it is: the usual teacher.
+
+    It runs in evaluation mode: no dropout, running statistics.
+
+    Args:
+      net: the network with its trained arrays.
+      dtype: what its parameters are stored in, and its floating-point inputs cast to,
+        such as ``jnp.bfloat16``; ``None`` leaves both. Running statistics keep theirs.
+
+    Returns:
+      The teacher, and its arrays ``{'params', 'model_state'}`` for the step's
+      ``frozen``.
+
+    Raises:
+      TypeError: ``dtype`` is not a floating-point type.
+
+    Example:
+      >>> from kdjax import models
+      >>> net = models.from_apply(lambda w, batch: batch["x"] @ w, jnp.ones((4, 3)))
+      >>> teacher, arrays = frozen(net, dtype=jnp.bfloat16)
+      >>> teacher.outputs(arrays, (), {"x": jnp.ones((2, 4))}).logits.dtype
+      dtype(bfloat16)
+    """
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype: got {dtype}, expected a floating-point type.")
+
+    def outputs(frozen: PyTree, teacher_state: PyTree, batch: Batch) -> Outputs:
+        return _evaluated(net.model, frozen, _cast(batch, dtype))
+
+    teacher = Teacher(
+        init=lambda params, model_state: (),
+        outputs=_stopped(outputs),
+        update=lambda teacher_state, params, model_state, step: teacher_state,
+    )
+    arrays = {"params": _cast(net.params, dtype), "model_state": net.model_state}
+    return teacher, arrays
+
+
+def ema(net: Adapted, *, decay: Scheduled = 0.999) -> tuple[Teacher, dict[str, PyTree]]:
+    """The student's own past: an exponential moving average of it.
+
+    The average is part of the training state, is checkpointed with it, and takes one
+    step per optimizer step: ``average = decay * average + (1 - decay) * student``,
+    parameters and batch statistics alike. It starts from the student.
+
+    Args:
+      net: the student's network; its arrays are not read.
+      decay: in [0, 1), a number or a schedule of the optimizer step.
+
+    Returns:
+      The teacher, and ``{}`` for the step's ``frozen``.
+
+    Raises:
+      ValueError: a Python ``decay`` is out of its range.
+
+    Example:
+      >>> from kdjax import models
+      >>> net = models.from_apply(lambda w, batch: batch["x"] @ w, jnp.ones(3))
+      >>> teacher, _ = ema(net, decay=0.9)
+      >>> average = teacher.init(jnp.zeros(1), {})
+      >>> average = teacher.update(average, jnp.ones(1), {}, jnp.array(0))
+      >>> average["params"]
+      Array([0.1], dtype=float32)
+
+    Reference:
+      Tarvainen and Valpola, Mean teachers are better role models, 2017, equation 1.
+      arXiv:1703.01780
+    """
+    if isinstance(decay, (int, float)) and not 0 <= decay < 1:
+        raise ValueError(f"decay: got {decay}, expected a number in [0, 1).")
+
+    def outputs(frozen: PyTree, teacher_state: PyTree, batch: Batch) -> Outputs:
+        return _evaluated(net.model, teacher_state, batch)
+
+    def update(
+        teacher_state: PyTree, params: PyTree, model_state: PyTree, step: Array
+    ) -> PyTree:
+        current = decay(step) if callable(decay) else decay
+        student = {"params": params, "model_state": model_state}
+        return optax.incremental_update(student, teacher_state, 1 - current)
+
+    teacher = Teacher(
+        init=lambda params, model_state: {"params": params, "model_state": model_state},
+        outputs=_stopped(outputs),
+        update=update,
+    )
+    return teacher, {}

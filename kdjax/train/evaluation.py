@@ -1,0 +1,83 @@
+"""Student and teacher side by side, on as many batches as there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+import jax
+import numpy as np
+
+from kdjax import metrics
+from kdjax.metrics import Calibration
+from kdjax.train.state import DistillState
+from kdjax.types import Batch, Mean, Model, PyTree, Teacher
+
+Sums: TypeAlias = dict[str, Mean | Calibration]
+
+
+def make_eval_step(
+    student: Model,
+    teacher: Teacher,
+    *,
+    labels: str = "label",
+    where: str = "mask",
+) -> Callable[[DistillState, PyTree, Batch], Sums]:
+    """Makes the pure function that measures both models on one batch.
+
+    Args:
+      student: as trained; runs in evaluation mode.
+      teacher: as given to the training step.
+      labels: entry of the batch with integer labels; may be absent from it.
+      where: entry of the batch that says which examples count; may be absent.
+
+    Returns:
+      ``eval_step(state, frozen, batch)`` to the sums of
+      :func:`kdjax.metrics.side_by_side`. Jit it.
+    """
+
+    def eval_step(state: DistillState, frozen: PyTree, batch: Batch) -> Sums:
+        shown, _ = student.apply(
+            state.params["student"], state.model_state, batch, rng=None, train=False
+        )
+        target = teacher.outputs(frozen, state.teacher_state, batch)
+        return metrics.side_by_side(
+            shown.dense_logits(),
+            target.dense_logits(),
+            batch.get(labels),
+            where=batch.get(where),
+        )
+
+    return eval_step
+
+
+def evaluate(
+    eval_step: Callable[[DistillState, PyTree, Batch], Sums],
+    state: DistillState,
+    frozen: PyTree,
+    batches: Iterable[Batch],
+) -> dict[str, float]:
+    """Adds the sums of all batches and divides once.
+
+    Args:
+      eval_step: from :func:`make_eval_step`, jitted.
+      state: of the training.
+      frozen: the teacher's arrays.
+      batches: one pass over the examples, such as
+        :func:`kdjax.io.input.padded_batches`.
+
+    Returns:
+      The averages by name, exact whatever the sizes of the batches.
+
+    Raises:
+      ValueError: there is no batch.
+    """
+    measured = [eval_step(state, frozen, batch) for batch in batches]
+    if not measured:
+        raise ValueError("batches: got none; there is nothing to evaluate.")
+    # In float64 on the host, where a long evaluation loses nothing.
+    hosted = jax.tree.map(np.float64, jax.device_get(measured))
+    first, *rest = hosted
+    for sums in rest:
+        first = {name: first[name] + sums[name] for name in first}
+    return {name: float(sums.value()) for name, sums in first.items()}

@@ -1,0 +1,277 @@
+"""One step of distillation, as a pure function."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from kdjax.train.state import DistillState
+from kdjax.types import Batch, Mean, Model, Objective, PyTree, Teacher, Term
+
+Metrics: TypeAlias = dict[str, Mean]
+
+
+def make_train_step(
+    student: Model,
+    teacher: Teacher,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    axis_name: str | None = None,
+) -> Callable[[DistillState, PyTree, Batch], tuple[DistillState, Metrics]]:
+    """Joins a student, a teacher, an objective and an optimizer in one pure step.
+
+    The teacher's forward pass, the student's forward and backward pass and the
+    update are one program: jit it, or give it to :func:`~kdjax.train.place_step`.
+    A step whose loss or gradient is not finite changes nothing but the counters.
+
+    Args:
+      student: what is trained.
+      teacher: where targets come from; its arrays are the step's ``frozen``.
+      objective: terms and weights.
+      optimizer: from Optax, over ``{'student': ..., 'objective': ...}``.
+      accumulate: micro-batches that a batch is split into, one after the other, to
+        save memory. Averages are over the whole batch, whatever the masks: the result
+        is that of one big batch, but for layers that look across examples.
+      axis_name: axis of ``shard_map`` or ``pmap`` to sum over, if the step runs under
+        one; under ``jit`` on a mesh nothing is needed.
+
+    Returns:
+      ``step(state, frozen, batch) -> (state, metrics)``. Metrics are the objective's
+      terms, unweighted, and ``loss``, ``grad_norm`` and ``skipped``.
+
+    Raises:
+      ValueError: ``accumulate`` is below 1 or (when traced) does not divide the batch.
+
+    Example:
+      >>> from kdjax import models, objectives, teachers
+      >>> from kdjax.train import init_state
+      >>> linear = lambda w, batch: batch["x"] @ w
+      >>> net = models.from_apply(linear, jnp.zeros((2, 3)))
+      >>> teacher, frozen = teachers.frozen(models.from_apply(linear, jnp.eye(2, 3)))
+      >>> parts = teacher, objectives.soft_labels(), optax.sgd(0.1)
+      >>> batch = {"x": jnp.ones((4, 2))}
+      >>> state = init_state(
+      ...     net, *parts, frozen=frozen, batch=batch, rng=jax.random.key(0))
+      >>> step = jax.jit(make_train_step(net.model, *parts))
+      >>> state, metrics = step(state, frozen, batch)
+      >>> int(state.step), sorted(metrics)
+      (1, ['grad_norm', 'loss', 'skipped', 'soft'])
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate: got {accumulate}, expected at least 1.")
+
+    run = _Forward(student, teacher, objective)
+
+    def step(
+        state: DistillState, frozen: PyTree, batch: Batch
+    ) -> tuple[DistillState, Metrics]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        if axis_name is not None:
+            rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+        slope = _accumulated(run, state, frozen, batch, rng, accumulate, axis_name)
+        loss, grad_norm = slope.loss, optax.tree.norm(slope.grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        changed = _changed(state, slope, teacher, optimizer)
+        kept = {
+            name: jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), new, getattr(state, name)
+            )
+            for name, new in changed.items()
+        }
+        skipped = 1 - finite.astype(jnp.int32)
+        new_state = dataclasses.replace(
+            state, **kept, step=state.step + 1, skipped=state.skipped + skipped
+        )
+        one = jnp.ones((), jnp.int32)
+        return new_state, {
+            **slope.means,
+            "loss": Mean(loss, one),
+            "grad_norm": Mean(grad_norm, one),
+            "skipped": Mean(skipped.astype(jnp.float32), one),
+        }
+
+    return step
+
+
+class _Moved(NamedTuple):
+    """What a forward pass changes."""
+
+    model_state: PyTree
+    objective_state: PyTree
+
+
+class _Slope(NamedTuple):
+    """What all micro-batches of a step add up to."""
+
+    grads: PyTree
+    loss: Array
+    means: Metrics
+    moved: _Moved
+
+
+class _Forward(NamedTuple):
+    """Both models and the objective on one micro-batch."""
+
+    student: Model
+    teacher: Teacher
+    objective: Objective
+
+    def __call__(
+        self,
+        params: PyTree,
+        moved: _Moved,
+        state: DistillState,
+        frozen: PyTree,
+        batch: Batch,
+        rng: Array,
+    ) -> tuple[dict[str, Term], _Moved]:
+        shown, model_state = self.student.apply(
+            params["student"], moved.model_state, batch, rng=rng, train=True
+        )
+        target = self.teacher.outputs(frozen, state.teacher_state, batch)
+        terms, objective_state = self.objective.apply(
+            params["objective"],
+            moved.objective_state,
+            shown,
+            target,
+            batch,
+            state.step,
+        )
+        return terms, _Moved(model_state, objective_state)
+
+
+def _accumulated(
+    run: _Forward,
+    state: DistillState,
+    frozen: PyTree,
+    batch: Batch,
+    rng: Array,
+    accumulate: int,
+    axis_name: str | None,
+) -> _Slope:
+    """Loss and gradient of the whole batch, over micro-batches and devices."""
+
+    def everywhere(tree: PyTree) -> PyTree:
+        return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+    def slope(moved: _Moved, micro: Batch, rng: Array, counts: Any) -> _Slope:
+        def loss(params: PyTree) -> tuple[Array, tuple[Metrics, _Moved]]:
+            terms, changed = run(params, moved, state, frozen, micro, rng)
+            over = everywhere(_counts(terms)) if counts is None else counts
+            means = {name: term.mean for name, term in terms.items()}
+            return _weighted(terms, over), (means, changed)
+
+        differentiate = jax.value_and_grad(loss, has_aux=True)
+        (value, (means, changed)), grads = differentiate(state.params)
+        return _Slope(grads, value, means, changed)
+
+    moved = _Moved(state.model_state, state.objective_state)
+    if accumulate == 1:
+        total = slope(moved, dict(batch), rng, None)
+    else:
+        micros = _split(batch, accumulate)
+        rngs = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(accumulate))
+
+        # The gradient is divided by how much counts in the whole batch, which must
+        # be known first. The compiler drops from this pass all that no count needs.
+        def count(inputs: tuple[Batch, Array]) -> dict[str, Array]:
+            terms, _ = run(state.params, moved, state, frozen, *inputs)
+            return _counts(terms)
+
+        counts = jax.lax.map(count, (micros, rngs))
+        counts = everywhere(jax.tree.map(lambda each: each.sum(0), counts))
+
+        def add(sofar: _Slope, inputs: tuple[Batch, Array]) -> tuple[_Slope, None]:
+            more = slope(sofar.moved, *inputs, counts)
+            sums = jax.tree.map(jnp.add, sofar[:3], more[:3])
+            return _Slope(*sums, more.moved), None
+
+        first = jax.tree.map(lambda each: each[0], (micros, rngs))
+        shapes = jax.eval_shape(lambda: slope(moved, *first, counts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:3])
+        total, _ = jax.lax.scan(add, _Slope(*zeros, moved), (micros, rngs))
+    grads, loss, means = everywhere(total[:3])
+    return _Slope(grads, loss, means, _averaged(total.moved, axis_name))
+
+
+def _counts(terms: dict[str, Term]) -> dict[str, Array]:
+    return {name: term.mean.count for name, term in terms.items()}
+
+
+def _weighted(terms: dict[str, Term], counts: dict[str, Array]) -> Array:
+    """The weighted sum of the terms, each divided by what counts in the whole batch."""
+    summands = [
+        term.weight * Mean(term.mean.total, counts[name]).value()
+        for name, term in terms.items()
+        if not _is_diagnostic(term)
+    ]
+    if not summands:
+        raise ValueError(
+            f"objective: all of its terms {sorted(terms)} have weight 0; nothing is "
+            "left to train for."
+        )
+    return jnp.asarray(sum(summands))
+
+
+def _is_diagnostic(term: Term) -> bool:
+    return isinstance(term.weight, (int, float)) and term.weight == 0
+
+
+def _split(batch: Batch, parts: int) -> dict[str, Array]:
+    """Micro-batches along a new first axis.
+
+    Each takes every n-th example, so that under a sharded batch every device has its
+    share of each of them.
+    """
+    for name, array in batch.items():
+        if array.shape[0] % parts:
+            raise ValueError(
+                f"accumulate: got {parts}, which does not divide the {array.shape[0]} "
+                f"examples of {name!r}."
+            )
+    return {
+        name: array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
+        for name, array in batch.items()
+    }
+
+
+def _averaged(moved: _Moved, axis_name: str | None) -> _Moved:
+    """Batch statistics, which each device took of its own examples, made equal."""
+    if axis_name is None:
+        return moved
+    return jax.tree.map(
+        lambda leaf: (
+            jax.lax.pmean(leaf, axis_name)
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+            else leaf
+        ),
+        moved,
+    )
+
+
+def _changed(
+    state: DistillState,
+    slope: _Slope,
+    teacher: Teacher,
+    optimizer: optax.GradientTransformation,
+) -> dict[str, PyTree]:
+    updates, opt_state = optimizer.update(slope.grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    teacher_state = teacher.update(
+        state.teacher_state, params["student"], slope.moved.model_state, state.step
+    )
+    return {
+        "params": params,
+        "model_state": slope.moved.model_state,
+        "objective_state": slope.moved.objective_state,
+        "teacher_state": teacher_state,
+        "opt_state": opt_state,
+    }
