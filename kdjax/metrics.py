@@ -7,13 +7,14 @@ batches, of whatever sizes, are exact: add them, then take ``.value()``.
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from kdjax import losses
+from kdjax.losses import _checks
 from kdjax.types import Mean
 
 
@@ -28,12 +29,18 @@ def accuracy(logits: Array, labels: Array, *, where: Array | None = None) -> Mea
     Returns:
       The mean, over what counts.
 
+    Raises:
+      ValueError: labels or mask are not one per position, or a label is too large
+        (where its value can be seen).
+      TypeError: logits, labels or mask are of the wrong type.
+
     Example:
       >>> accuracy(jnp.eye(3), jnp.array([0, 2, -100])).value()
       Array(0.5, dtype=float32)
     """
+    scored = _scored(logits, labels, where)
     hits = (logits.argmax(-1) == labels).astype(jnp.float32)
-    return Mean.of(hits, _scored(labels, where))
+    return Mean.of(hits, scored)
 
 
 def agreement(
@@ -49,10 +56,15 @@ def agreement(
     Returns:
       The mean, over what counts.
 
+    Raises:
+      ValueError: the shapes of the logits, or of ``where``, differ.
+      TypeError: logits or mask are of the wrong type.
+
     Example:
       >>> agreement(jnp.eye(2), 5 * jnp.eye(2)).value()
       Array(1., dtype=float32)
     """
+    _checks.logits(student_logits, teacher_logits)
     same = student_logits.argmax(-1) == teacher_logits.argmax(-1)
     return Mean.of(same.astype(jnp.float32), where)
 
@@ -91,7 +103,7 @@ class Calibration:
     count: Array
 
     def __add__(self, other: Calibration) -> Calibration:
-        return jax.tree.map(jnp.add, self, other)
+        return jax.tree.map(operator.add, self, other)
 
     def value(self) -> Array:
         """Expected calibration error, in [0, 1]; 0 where nothing counts."""
@@ -114,7 +126,8 @@ def calibration(
       The sums; ``.value()`` is the error.
 
     Raises:
-      ValueError: ``bins`` is below 1.
+      ValueError: ``bins`` is below 1, or as for :func:`accuracy`.
+      TypeError: as for :func:`accuracy`.
 
     Example:
       >>> calibration(jnp.zeros((4, 2)), jnp.array([0, 0, 0, 1])).value()
@@ -126,10 +139,10 @@ def calibration(
     """
     if bins < 1:
         raise ValueError(f"bins: got {bins}, expected at least 1.")
+    counts = _scored(logits, labels, where).ravel()
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     confidence = probabilities.max(-1).ravel()
     right = (logits.argmax(-1) == labels).astype(jnp.float32).ravel()
-    counts = _scored(labels, where).ravel()
     # Bins are closed above: (k/n, (k+1)/n].
     index = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
     member = (index[:, None] == jnp.arange(bins)) & counts[:, None]
@@ -177,6 +190,18 @@ def side_by_side(
     return sums
 
 
-def _scored(labels: ArrayLike, where: Array | None) -> Array:
+def _scored(logits: Array, labels: Array, where: Array | None) -> Array:
+    """What counts: positions with a label, and not masked."""
+    _checks.floating(logits=logits)
+    _checks.labels(labels, logits)
     scored = jnp.asarray(labels) >= 0
-    return scored if where is None else scored & where
+    if where is None:
+        return scored
+    if where.dtype != bool:
+        raise TypeError(f"where: got dtype {where.dtype}, expected bool (True counts).")
+    if where.shape != scored.shape:
+        raise ValueError(
+            f"where: got shape {where.shape}, expected {scored.shape}, one entry per "
+            "label."
+        )
+    return scored & where

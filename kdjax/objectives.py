@@ -291,14 +291,14 @@ def combine(*objectives: Objective) -> Objective:
             key: objective.init(jax.random.fold_in(rng, int(key)), student, teacher)
             for key, objective in zip(keys, objectives, strict=True)
         }
-        return {key: own for key, own in params.items() if own}
+        return {key: own for key, own in params.items() if jax.tree.leaves(own)}
 
     def init_state() -> PyTree:
         states = {
             key: objective.init_state()
             for key, objective in zip(keys, objectives, strict=True)
         }
-        return {key: own for key, own in states.items() if own}
+        return {key: own for key, own in states.items() if jax.tree.leaves(own)}
 
     def apply(
         params: PyTree,
@@ -320,7 +320,7 @@ def combine(*objectives: Objective) -> Objective:
                     f"name: {twice} is the name of several terms; give each its own."
                 )
             terms |= own
-            if changed:
+            if jax.tree.leaves(changed):
                 states[key] = changed
         return terms, states
 
@@ -373,7 +373,12 @@ def _counted(
     if absent:
         return scored
     mask = _entry(batch, str(name), "where")
-    if mask.shape != shape[: mask.ndim]:
+    if mask.dtype != bool:
+        raise TypeError(
+            f"where: {name!r} of the batch has dtype {mask.dtype}; expected bool (True "
+            "counts)."
+        )
+    if not mask.ndim or mask.shape != shape[: mask.ndim]:
         raise ValueError(
             f"where: {name!r} of the batch has shape {mask.shape}; expected one entry "
             f"per example {shape[:1]} or per value {shape}."

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -90,7 +89,8 @@ def ema(net: Adapted, *, decay: Scheduled = 0.999) -> tuple[Teacher, dict[str, P
 
     The average is part of the training state, is checkpointed with it, and takes one
     step per optimizer step: ``average = decay * average + (1 - decay) * student``,
-    parameters and batch statistics alike. It starts from the student.
+    parameters and batch statistics alike; integers are the student's. It starts from
+    the student.
 
     Args:
       net: the student's network; its arrays are not read.
@@ -126,7 +126,15 @@ def ema(net: Adapted, *, decay: Scheduled = 0.999) -> tuple[Teacher, dict[str, P
     ) -> PyTree:
         current = decay(step) if callable(decay) else decay
         student = {"params": params, "model_state": model_state}
-        return optax.incremental_update(student, teacher_state, 1 - current)
+
+        def mixed(old: Array, new: Array) -> Array:
+            # A counter has no average. A schedule gives float32, which must not widen
+            # an average in bfloat16: the step would be compiled again.
+            if not jnp.issubdtype(old.dtype, jnp.floating):
+                return new
+            return (old * current + new * (1 - current)).astype(old.dtype)
+
+        return jax.tree.map(mixed, teacher_state, student)
 
     teacher = Teacher(
         init=lambda params, model_state: {"params": params, "model_state": model_state},

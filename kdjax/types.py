@@ -216,6 +216,7 @@ class ApplyObjective(Protocol):
         teacher: Outputs,
         batch: Batch,
         step: Array,
+        /,
     ) -> tuple[dict[str, Term], PyTree]: ...
 
 

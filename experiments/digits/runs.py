@@ -19,10 +19,9 @@ from rich.console import Console
 from experiments.digits.config import Config
 from experiments.digits.data import CLASSES, Digits, Images
 from experiments.digits.interruption import Interrupted, Sigterm
-from experiments.digits.model import count
 from kdjax import Adapted, Objective, make_train_step, teachers
 from kdjax.io.checkpoints import Checkpoints
-from kdjax.io.input import HostBatch, Transform, batches, padded_batches
+from kdjax.io.input import Transform, batches, padded_batches
 from kdjax.io.logs import JsonLines, ProgressBar, TensorBoard
 from kdjax.tools.report import write_whole
 from kdjax.train import (
@@ -35,18 +34,28 @@ from kdjax.train import (
     place,
     place_step,
 )
-from kdjax.types import PyTree
+from kdjax.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What all trainings share."""
+    """What all trainings share.
+
+    Attributes:
+      config: the command line.
+      settings: what the numbers depend on; checkpoints with others are refused.
+      digits: the data.
+      console: where to print.
+      sigterm: notices what ``fit`` does not tell of.
+      teacher: from an earlier run, ``None`` if it is trained here.
+    """
 
     config: Config
     settings: Mapping[str, Any]
     digits: Digits
     console: Console
     sigterm: Sigterm
+    teacher: Adapted | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +135,12 @@ class Trainer:
         self._parts = (source, objective, optimizer)
         self._mesh = make_mesh()
         self._frozen = place(frozen, self._mesh)
-        self._step = place_step(
-            make_train_step(net.model, *self._parts),
-            self._mesh,
-            state=self.initial(net, seed=0),
-            frozen=frozen,
-        )
+        step = make_train_step(net.model, *self._parts)
+        if self._mesh.size == 1:
+            self._step = jax.jit(step, donate_argnums=0)
+        else:
+            template = self.initial(net, seed=0)
+            self._step = place_step(step, self._mesh, state=template, frozen=frozen)
         self._eval_step = jax.jit(make_eval_step(net.model, source))
         self._predict = jax.jit(
             lambda state, batch: net.model.apply(
@@ -141,7 +150,7 @@ class Trainer:
 
     def initial(self, net: Adapted, seed: int) -> DistillState:
         """The state that a training starts from."""
-        batch = {
+        batch: Any = {
             name: array[: self._job.config.batch_size]
             for name, array in self._job.digits.train.items()
         }
@@ -185,8 +194,10 @@ class Trainer:
                 keep=2,
                 config={**self._job.settings, "run": folder.name, "seed": seed},
             )
-            writers = [JsonLines(folder / "metrics.jsonl")]
-            writers.append(ProgressBar(self._steps, console=self._job.console))
+            writers: list[JsonLines | ProgressBar | TensorBoard] = [
+                JsonLines(folder / "metrics.jsonl"),
+                ProgressBar(self._steps, console=self._job.console),
+            ]
             if config.tensorboard:
                 writers.append(TensorBoard(folder / "tensorboard"))
             for opened in (checkpoints, *writers):
@@ -209,16 +220,14 @@ class Trainer:
         self.finish(folder, result.state, times.median())
         return result.state
 
-    def measure(self, state: DistillState, parts: list[HostBatch]) -> dict[str, float]:
+    def measure(self, state: DistillState, parts: list[Batch]) -> dict[str, float]:
         """Student and teacher side by side; without a teacher the student alone."""
         if self._has_teacher:
             return evaluate(self._eval_step, state, self._frozen, parts)
         itself = {"params": state.params["student"], "model_state": state.model_state}
         scores = evaluate(self._eval_step, state, itself, parts)
         return {
-            name: value
-            for name, value in scores.items()
-            if name.startswith("student_")
+            name: value for name, value in scores.items() if name.startswith("student_")
         }
 
     def finish(self, folder: Path, state: DistillState, step_ms: float | None) -> None:
@@ -234,8 +243,9 @@ class Trainer:
         result = Result(parameters, self.measure(state, test), step_ms)
         write_whole(folder / "result.json", json.dumps(dataclasses.asdict(result)))
 
-    def _evaluation(self, images: Images) -> list[HostBatch]:
+    def _evaluation(self, images: Images) -> list[Batch]:
         """One batch, of the same shape for validation and test: one program."""
         digits = self._job.digits
         size = max(len(digits.validation["x"]), len(digits.test["x"]))
-        return list(padded_batches(images, batch_size=size, num_classes=CLASSES))
+        whole = padded_batches(images, batch_size=size, num_classes=CLASSES)
+        return [place(batch, self._mesh) for batch in whole]

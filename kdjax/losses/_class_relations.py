@@ -18,14 +18,29 @@ from kdjax.losses._classification import weighted, widened
 from kdjax.losses._kl import forward_kl
 
 
-def _less_uniform(logits: Array, temperature: Array) -> Array:
-    """softmax(logits / temperature) - 1/V, precise where both are nearly equal."""
+def _softmax(logits: Array, temperature: Array) -> tuple[Array, Array]:
+    """p = softmax(logits / temperature), and p - 1/V, each to its own precision."""
     logits = logits / jnp.asarray(temperature, logits.dtype)[..., None]
     top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
-    powers = jnp.expm1(logits - jnp.where(jnp.isneginf(top), 0.0, top))
-    total = jnp.sum(1.0 + powers, -1, keepdims=True)
-    excess = powers - jnp.mean(powers, -1, keepdims=True)
-    return excess / jnp.where(total > 0, total, 1.0)
+    shifted = logits - jnp.where(jnp.isneginf(top), 0.0, top)
+    powers, raised = jnp.exp(shifted), jnp.expm1(shifted)
+    total = jnp.sum(powers, -1, keepdims=True)
+    total = jnp.where(total > 0, total, 1.0)
+    return powers / total, (raised - jnp.mean(raised, -1, keepdims=True)) / total
+
+
+def _columns(logits: Array, temperature: Array, where: Array) -> Array:
+    """Probabilities by class, each class less the constant that costs no precision.
+
+    Correlations do not see the constant. Without it, nearly uniform probabilities, as
+    at a high temperature, are rounded; with it, tiny ones are.
+    """
+    values, excess = _softmax(logits, temperature)
+
+    def largest(values: Array) -> Array:
+        return jnp.max(jnp.abs(values), 0, keepdims=True, initial=0.0, where=where)
+
+    return jnp.where(largest(excess) < largest(values), excess, values)
 
 
 def _unit(values: Array, axis: int, where: Array) -> tuple[Array, Array]:
@@ -71,7 +86,7 @@ def _inter_class_relation(
         where = jnp.ones(student.shape, bool)
     student = jnp.where(where, student, -jnp.inf)
     teacher = jnp.where(where, teacher, -jnp.inf)
-    student, teacher = (_less_uniform(z, temperature) for z in (student, teacher))
+    student, teacher = (_softmax(z, temperature)[1] for z in (student, teacher))
     return _correlation_distance(student, teacher, -1, where)
 
 
@@ -141,7 +156,7 @@ def _intra_class_relation(
     where: Array | None,
 ) -> Array:
     student, teacher, where = _kept(student_logits, teacher_logits, where)
-    student, teacher = (_less_uniform(z, temperature) for z in (student, teacher))
+    student, teacher = (_columns(z, temperature, where) for z in (student, teacher))
     return _correlation_distance(student, teacher, 0, where)
 
 

@@ -16,6 +16,7 @@ from kdjax.losses._pairs import (
     entropy_core,
     excess,
     gap,
+    largest,
     softened,
 )
 
@@ -24,16 +25,14 @@ forward_core = differentiable(
         terms=lambda pair: (excess(*pair),),
         value=lambda sums: sums[0],
         student=lambda pair, sums: gap(*pair),
-        teacher=lambda pair, sums: centred(pair.p * pair.x, pair.p, sums[0]),
+        teacher=lambda pair, sums: centred(pair.x, pair.p, sums[0]),
     )
 )
 
 
-def reverse_core(
-    student: Array, teacher: Array, student_shift: Array, teacher_shift: Array
-) -> Array:
+def reverse_core(student: Array, teacher: Array, inverse: Array) -> Array:
     """KL(student ‖ teacher) is the forward one with the sides exchanged."""
-    return forward_core(teacher, student, teacher_shift, student_shift)
+    return forward_core(teacher, student, inverse)
 
 
 def forward_kl(
@@ -171,15 +170,12 @@ def symmetric_kl(
 
 
 def _symmetric_core(
-    student: Array,
-    teacher: Array,
-    student_shift: Array,
-    teacher_shift: Array,
-    weight: Array,
+    student: Array, teacher: Array, inverse: Array, weight: Array
 ) -> Array:
     weight = weight[..., 0] if weight.ndim else weight
-    sides = student, teacher, student_shift, teacher_shift
-    return (1 - weight) * forward_core(*sides) + weight * reverse_core(*sides)
+    forward = forward_core(student, teacher, inverse)
+    reverse = reverse_core(student, teacher, inverse)
+    return _weighted(1 - weight, forward) + _weighted(weight, reverse)
 
 
 def adaptive_kl(
@@ -231,24 +227,17 @@ def adaptive_kl(
 
 
 def _adaptive_core(
-    student: Array,
-    teacher: Array,
-    student_shift: Array,
-    teacher_shift: Array,
-    head_mass: Array,
+    student: Array, teacher: Array, inverse: Array, head_mass: Array
 ) -> Array:
-    p = _probabilities(jax.lax.stop_gradient(teacher), teacher_shift)
-    q = _probabilities(jax.lax.stop_gradient(student), student_shift)
+    p = _probabilities(jax.lax.stop_gradient(teacher), inverse)
+    q = _probabilities(jax.lax.stop_gradient(student), inverse)
     p, difference = jax.lax.sort((p, jnp.abs(p - q)), num_keys=1)
     tail = jnp.cumsum(p, axis=-1) < 1 - head_mass
     head_gap = jnp.where(tail, 0, difference).sum(-1)
     tail_gap = jnp.where(tail, difference, 0).sum(-1)
     total = head_gap + tail_gap
-    forward_share = jnp.where(total > 0, head_gap / jnp.where(total > 0, total, 1), 0.5)
-    sides = student, teacher, student_shift, teacher_shift
-    return _weighted(forward_share, forward_core(*sides)) + _weighted(
-        1 - forward_share, reverse_core(*sides)
-    )
+    share = jnp.where(total > 0, head_gap / jnp.where(total > 0, total, 1), 0.5)
+    return _symmetric_core(student, teacher, inverse, 1 - share[..., None])
 
 
 def _weighted(weight: Array, value: Array) -> Array:
@@ -256,10 +245,10 @@ def _weighted(weight: Array, value: Array) -> Array:
     return jnp.where(weight > 0, weight * jnp.where(weight > 0, value, 0), 0)
 
 
-def _probabilities(logits: Array, shift: Array) -> Array:
-    unnormalised = jnp.exp(logits - shift)
-    total = unnormalised.sum(-1, keepdims=True)
-    return unnormalised / jnp.where(total > 0, total, 1)
+def _probabilities(logits: Array, inverse: Array) -> Array:
+    powers = jnp.exp((logits - largest(logits)) * inverse)
+    total = powers.sum(-1, keepdims=True)
+    return powers / jnp.where(total > 0, total, 1)
 
 
 def interpolated_teacher_kl(
@@ -310,21 +299,14 @@ def interpolated_teacher_kl(
 
 
 def _interpolated_core(
-    student: Array,
-    teacher: Array,
-    student_shift: Array,
-    teacher_shift: Array,
-    progress: Array,
+    student: Array, teacher: Array, inverse: Array, progress: Array
 ) -> Array:
     # -inf times a weight of 0 is NaN; this is as good as -inf and stays a number.
     own = jax.lax.stop_gradient(jnp.maximum(student, -1e30))
     target = own + progress * (jnp.maximum(teacher, -1e30) - own)
-    shift = jax.lax.stop_gradient(target.max(-1, keepdims=True))
     # Where neither side has the class, nor has the target.
     out = jnp.isneginf(student) & jnp.isneginf(teacher)
-    target = jnp.where(out, -jnp.inf, target)
-    shift = jnp.where(shift <= -1e30, 0, shift)
-    return forward_core(student, target, student_shift, shift)
+    return forward_core(student, jnp.where(out, -jnp.inf, target), inverse)
 
 
 def soft_cross_entropy(
@@ -367,8 +349,5 @@ def soft_cross_entropy(
     return softened(_soft_core, student_logits, teacher_logits, temperature, where)
 
 
-def _soft_core(
-    student: Array, teacher: Array, student_shift: Array, teacher_shift: Array
-) -> Array:
-    divergence = forward_core(student, teacher, student_shift, teacher_shift)
-    return divergence + entropy_core(teacher, teacher_shift)
+def _soft_core(student: Array, teacher: Array, inverse: Array) -> Array:
+    return forward_core(student, teacher, inverse) + entropy_core(teacher, inverse)

@@ -34,8 +34,10 @@ def _log_to_mixture(pair: Pair, share: Array) -> tuple[Array, Array, Array]:
 
 def _log_mixed(weight: Array, rest: Array, x: Array) -> Array:
     """``log(weight * exp(x) + rest)`` for x <= 0 and weights that sum to one."""
-    near = x > -1
-    inner = jnp.log1p(weight * jnp.expm1(jnp.where(near, x, 0)))
+    change = weight * jnp.expm1(x)
+    near = change > -0.5
+    inner = jnp.log1p(jnp.where(near, change, 0))
+    # Where the change eats up nearly all of the one, the sum is the exact form.
     return jnp.where(near, inner, jnp.log(weight * jnp.exp(x) + rest))
 
 
@@ -49,12 +51,12 @@ def _js_terms(pair: Pair, beta: Array) -> Sums:
 
 def _js_student(pair: Pair, sums: Sums, beta: Array) -> Array:
     _, _, log_q = _log_to_mixture(pair, beta)
-    return centred((1 - beta) * pair.q * log_q, pair.q, sums[1])
+    return centred((1 - beta) * log_q, pair.q, sums[1])
 
 
 def _js_teacher(pair: Pair, sums: Sums, beta: Array) -> Array:
     _, log_p, _ = _log_to_mixture(pair, beta)
-    return centred(beta * pair.p * log_p, pair.p, sums[0])
+    return centred(beta * log_p, pair.p, sums[0])
 
 
 _js_core = differentiable(
@@ -127,8 +129,7 @@ def _skew_student(pair: Pair, sums: Sums, skew: Array) -> Array:
 
 def _skew_teacher(pair: Pair, sums: Sums, skew: Array) -> Array:
     _, log_p, _ = _log_to_mixture(pair, skew)
-    slope = pair.p * (log_p - skew * jnp.expm1(log_p))
-    return centred(slope, pair.p, sums[2])
+    return centred(log_p - skew * jnp.expm1(log_p), pair.p, sums[2])
 
 
 _skew_core = differentiable(
@@ -137,13 +138,9 @@ _skew_core = differentiable(
 
 
 def _skew_reverse_core(
-    student: Array,
-    teacher: Array,
-    student_shift: Array,
-    teacher_shift: Array,
-    skew: Array,
+    student: Array, teacher: Array, inverse: Array, skew: Array
 ) -> Array:
-    return _skew_core(teacher, student, teacher_shift, student_shift, skew)
+    return _skew_core(teacher, student, inverse, skew)
 
 
 def skew_kl(

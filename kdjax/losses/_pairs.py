@@ -32,9 +32,9 @@ class Pair(NamedTuple):
 class Rows(NamedTuple):
     """What normalises a pair, each ``[..., 1]``."""
 
-    student_shift: Array
+    student_shift: Array  # the largest logit
     teacher_shift: Array
-    student_scale: Array
+    student_scale: Array  # one over the sum of the powers below it
     teacher_scale: Array
     log_ratio: Array  # what is added to the shifted difference to make it x
 
@@ -58,13 +58,13 @@ def gap(p: Array, q: Array, x: Array) -> Array:
     return jnp.where(near, p * (_second_order(inner) - inner), q - p)
 
 
-def centred(slope: Array, weight: Array, mean: Array) -> Array:
-    """``slope - weight * mean``: a derivative by logits from one by probabilities.
+def centred(score: Array, weight: Array, mean: Array) -> Array:
+    """``weight * (score - mean)``: a derivative by logits from one by probabilities.
 
-    It is 0 where the weight is, whatever the slope; and in rows whose value is
+    It is 0 where the weight is, whatever the score; and in rows whose value is
     infinite, which have no finite derivative.
     """
-    return jnp.where((weight > 0) & jnp.isfinite(mean), slope - weight * mean, 0)
+    return jnp.where((weight > 0) & jnp.isfinite(mean), weight * (score - mean), 0)
 
 
 def _second_order(x: Array) -> Array:
@@ -77,30 +77,44 @@ def _second_order(x: Array) -> Array:
     return x * x * total
 
 
-def _pair(student: Array, teacher: Array, rows: Rows, offset: int = 0) -> Pair:
+def _pair(
+    student: Array, teacher: Array, inverse: Array, rows: Rows, copy: int = 0
+) -> Pair:
     """Recomputes p, q and x from the logits.
 
-    ``offset`` is subtracted before exp and multiplied back after it. It changes no
-    value; giving each pass over the classes another one keeps XLA from holding
-    p and q, two arrays of the size of the logits, from one pass to the next.
+    Powers of two go in and out without changing a bit. Giving each pass over the
+    classes a ``copy`` of its own keeps XLA from holding p and q, two arrays of the
+    size of the logits, from one pass to the next: it does not see that they are equal.
     """
-    lift = math.exp(offset)
-    p = jnp.exp(teacher - rows.teacher_shift - offset) * (rows.teacher_scale * lift)
-    q = jnp.exp(student - rows.student_shift - offset) * (rows.student_scale * lift)
-    # The difference is taken first, so that it is exact where the two are close; a
-    # slot that is -inf in both is out, and must not give inf - inf.
-    difference = teacher - student
-    difference = jnp.where(jnp.isnan(difference), 0, difference)
-    x = difference - (rows.teacher_shift - rows.student_shift) + rows.log_ratio
+    twos = 2.0**copy
+    below_p = teacher * twos - rows.teacher_shift * twos
+    below_q = student * twos - rows.student_shift * twos
+    p = jnp.exp(below_p * (inverse / twos)) * rows.teacher_scale
+    q = jnp.exp(below_q * (inverse / twos)) * rows.student_scale
+    # Logits that are close are subtracted first, which is exact; far apart, from an
+    # offset between the models or at ±1e4, they are closer below their maxima.
+    direct = teacher - student
+    shift = rows.teacher_shift - rows.student_shift
+    below = (below_p - below_q) / twos
+    is_close = jnp.abs(direct) * twos <= jnp.abs(below_p)
+    difference = jnp.where(is_close, direct - shift, below)
+    # A slot that is -inf in both is out; inf - inf must not stay.
+    out = jnp.isneginf(student) & jnp.isneginf(teacher)
+    x = jnp.where(out, 0, difference) * inverse + rows.log_ratio
     return Pair(p, q, x)
 
 
-def _rows(
-    student: Array, teacher: Array, student_shift: Array, teacher_shift: Array
-) -> Rows:
+def largest(logits: Array) -> Array:
+    """The largest logit of each row, ``[..., 1]``; 0 where none is left."""
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    return jnp.where(jnp.isneginf(top), 0, top)
+
+
+def _rows(student: Array, teacher: Array, inverse: Array) -> Rows:
+    student_shift, teacher_shift = largest(student), largest(teacher)
     one, zero = jnp.ones_like(student_shift), jnp.zeros_like(student_shift)
     shifted = Rows(student_shift, teacher_shift, one, one, zero)
-    pair = _pair(student, teacher, shifted)
+    pair = _pair(student, teacher, inverse, shifted)
     student_sum = pair.q.sum(-1, keepdims=True)
     teacher_sum = pair.p.sum(-1, keepdims=True)
     # A row without a single class left has no distribution; all its terms are 0.
@@ -142,47 +156,60 @@ class Formula(NamedTuple):
 
 
 def differentiable(formula: Formula) -> Callable[..., Array]:
-    """Makes ``(student, teacher, student_shift, teacher_shift, *hyper) -> [...]``.
+    """Makes ``(student, teacher, inverse, *hyper) -> [...]``.
 
-    The logits are already divided by the temperature; the shifts, ``[..., 1]``, are
-    their largest entries. The written-out derivative serves reverse mode, forward
-    mode and derivatives of itself. It is one elementwise pass over the classes, so it
-    is as safe under a sharded batch or vocabulary as the sums are, and finite where
-    differentiating through the logarithms would divide 0 by 0.
+    ``inverse`` is one over the temperature, a scalar or ``[..., 1]``. It multiplies
+    differences of logits, never the logits: those would be rounded first.
+
+    The written-out derivative serves reverse mode, forward mode and derivatives of
+    itself. It is one elementwise pass over the classes, so it is as safe under a
+    sharded batch or vocabulary as the sums are, and finite where differentiating
+    through the logarithms would divide 0 by 0.
     """
 
     def sums(pair: Pair, *hyper: Array) -> Sums:
         return tuple(term.sum(-1) for term in formula.terms(pair, *hyper))
 
     @jax.custom_jvp
-    def core(student, teacher, student_shift, teacher_shift, *hyper):
-        rows = _rows(student, teacher, student_shift, teacher_shift)
-        return formula.value(sums(_pair(student, teacher, rows, 1), *hyper))
+    def core(student, teacher, inverse, *hyper):
+        rows = _rows(student, teacher, inverse)
+        return formula.value(sums(_pair(student, teacher, inverse, rows, 1), *hyper))
 
     def derivative(primals: Any, tangents: Any) -> tuple[Array, Array]:
-        student, teacher, student_shift, teacher_shift, *hyper = primals
-        student_dot, teacher_dot, _, _, *hyper_dot = tangents
-        rows = _rows(student, teacher, student_shift, teacher_shift)
-        first = _pair(student, teacher, rows, 1)
+        student, teacher, inverse, *hyper = primals
+        rows = _rows(student, teacher, inverse)
+        first = _pair(student, teacher, inverse, rows, 1)
         totals = sums(first, *hyper)
-        second = _pair(student, teacher, rows, 2)
+        second = _pair(student, teacher, inverse, rows, 2)
         columns = tuple(total[..., None] for total in totals)
         value = formula.value(totals)
         tangent = jnp.zeros_like(value)
-        if not isinstance(student_dot, SymbolicZero):
-            slope = formula.student(second, columns, *hyper)
-            tangent += (slope * student_dot).sum(-1)
-        if not isinstance(teacher_dot, SymbolicZero):
-            slope = formula.teacher(second, columns, *hyper)
-            tangent += (slope * teacher_dot).sum(-1)
-        for index, number_dot in enumerate(hyper_dot):
-            if not isinstance(number_dot, SymbolicZero):
+        student_dot, teacher_dot, inverse_dot, *hyper_dot = tangents
+        sides = (
+            (student, student_dot, formula.student),
+            (
+                teacher,
+                teacher_dot,
+                formula.teacher,
+            ),
+        )
+        for logits, dot, slope in sides:
+            if not isinstance(dot, SymbolicZero):
+                by_logits = slope(second, columns, *hyper) * inverse
+                tangent += (by_logits * dot).sum(-1)
+            if not isinstance(inverse_dot, SymbolicZero):
+                # A slot of -inf stays so at every temperature; 0 * -inf would be NaN.
+                finite = jnp.where(jnp.isneginf(logits), 0, logits)
+                by_scaled = slope(second, columns, *hyper)
+                tangent += (by_scaled * finite * inverse_dot).sum(-1)
+        for index, dot in enumerate(hyper_dot):
+            if not isinstance(dot, SymbolicZero):
 
                 def of_number(number, index=index):
                     changed = (*hyper[:index], number, *hyper[index + 1 :])
                     return formula.value(sums(first, *changed))
 
-                tangent += jax.jvp(of_number, (hyper[index],), (number_dot,))[1]
+                tangent += jax.jvp(of_number, (hyper[index],), (dot,))[1]
         return value, tangent
 
     core.defjvp(derivative, symbolic_zeros=True)
@@ -221,44 +248,21 @@ def softened(
     numbers = (jnp.asarray(number, dtype) for number in hyper)
     numbers = tuple(n[..., None] if n.ndim else n for n in numbers)
     inverse = 1 / (temperature[..., None] if temperature.ndim else temperature)
-    student, student_shift = scaled(student_logits, inverse, where, dtype)
-    teacher, teacher_shift = scaled(teacher_logits, inverse, where, dtype)
-    value = core(student, teacher, student_shift, teacher_shift, *numbers)
-    return value * temperature**2
-
-
-def scaled(
-    logits: ArrayLike, inverse: Array, where: ArrayLike | None, dtype: Any
-) -> tuple[Array, Array]:
-    """Logits over the temperature, and the largest of each row, ``[..., 1]``."""
-    logits = jnp.asarray(logits).astype(dtype)
+    student, teacher = (
+        jnp.asarray(logits).astype(dtype) for logits in (student_logits, teacher_logits)
+    )
     if where is not None:
-        logits = jnp.where(where, logits, -jnp.inf)
-    # The largest is taken before scaling: a bare reduction over what is in memory.
-    largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    shift = jnp.where(jnp.isneginf(largest), 0, largest) * inverse
-    return _scale(logits, inverse), jax.lax.stop_gradient(shift)
+        student = jnp.where(where, student, -jnp.inf)
+        teacher = jnp.where(where, teacher, -jnp.inf)
+    return core(student, teacher, inverse, *numbers) * temperature**2
 
 
-@jax.custom_jvp
-def _scale(logits: Array, inverse: Array) -> Array:
-    return logits * inverse
-
-
-@_scale.defjvp
-def _scale_derivative(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    logits, inverse = primals
-    logits_dot, inverse_dot = tangents
-    # A slot that is -inf stays so at every temperature; -inf * 0 would be NaN.
-    by_inverse = jnp.where(jnp.isneginf(logits), 0, logits) * inverse_dot
-    return logits * inverse, logits_dot * inverse + by_inverse
-
-
-def entropy_core(logits: Array, shift: Array) -> Array:
-    """Entropy of the softmax of scaled logits, in nats, ``[...]``."""
-    unnormalised = jnp.exp(logits - shift)
-    total = unnormalised.sum(-1, keepdims=True)
+def entropy_core(logits: Array, inverse: Array) -> Array:
+    """Entropy of the softmax at a temperature, in nats, ``[...]``."""
+    below = logits - largest(logits)
+    held = ~jnp.isneginf(below)
+    below = jnp.where(held, below, 0) * inverse
+    powers = jnp.where(held, jnp.exp(below), 0)
+    total = powers.sum(-1, keepdims=True)
     total = jnp.where(total > 0, total, 1)
-    held = unnormalised > 0
-    log_p = jnp.where(held, logits, shift) - shift - jnp.log(total)
-    return -jnp.where(held, unnormalised / total * log_p, 0).sum(-1)
+    return (powers / total * (jnp.log(total) - below)).sum(-1)

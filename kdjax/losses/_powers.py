@@ -16,7 +16,6 @@ from kdjax.losses._pairs import (
     Formula,
     Pair,
     Sums,
-    centred,
     differentiable,
     gap,
     softened,
@@ -140,14 +139,19 @@ def _alpha_beta_slopes(pair: Pair, alpha: Array, beta: Array) -> tuple[Array, Ar
     return jnp.where(above, smaller, larger), jnp.where(above, larger, smaller)
 
 
+def _balanced(slope: Array, weight: Array, total: Array) -> Array:
+    """``slope - weight * total``, 0 where :func:`~kdjax.losses._pairs.centred` is."""
+    return jnp.where((weight > 0) & jnp.isfinite(total), slope - weight * total, 0)
+
+
 _alpha_beta_core = differentiable(
     Formula(
         terms=_alpha_beta_terms,
         value=lambda sums: sums[0],
-        student=lambda pair, sums, alpha, beta: centred(
+        student=lambda pair, sums, alpha, beta: _balanced(
             _alpha_beta_slopes(pair, alpha, beta)[0], pair.q, sums[1]
         ),
-        teacher=lambda pair, sums, alpha, beta: centred(
+        teacher=lambda pair, sums, alpha, beta: _balanced(
             _alpha_beta_slopes(pair, alpha, beta)[1], pair.p, sums[2]
         ),
     )
@@ -212,19 +216,13 @@ def alpha_beta(
     )
 
 
-def _renyi_core(
-    student: Array,
-    teacher: Array,
-    student_shift: Array,
-    teacher_shift: Array,
-    order: Array,
-) -> Array:
+def _renyi_core(student: Array, teacher: Array, inverse: Array, order: Array) -> Array:
     row_order = order[..., 0] if order.ndim else order
-    floored = jnp.maximum(student, -1e30), jnp.maximum(teacher, -1e30)
+    q, p = (jnp.maximum(logits, -1e30) * inverse for logits in (student, teacher))
     log_sum = (
-        jax.nn.logsumexp(order * floored[1] + (1 - order) * floored[0], axis=-1)
-        - row_order * jax.nn.logsumexp(floored[1], axis=-1)
-        - (1 - row_order) * jax.nn.logsumexp(floored[0], axis=-1)
+        jax.nn.logsumexp(order * p + (1 - order) * q, axis=-1)
+        - row_order * jax.nn.logsumexp(p, axis=-1)
+        - (1 - row_order) * jax.nn.logsumexp(q, axis=-1)
     )
     # The floor of -1e30 stands for -inf, so what came of it does too.
     close = jnp.abs(log_sum) < 0.5
@@ -233,10 +231,7 @@ def _renyi_core(
     # Near each other, log_sum is lost in rounding. There it is log(1 - y) with
     # y = a(1 - a) times the alpha-beta divergence, and order 1 is no special case.
     student = jnp.where(close[..., None], student, teacher)
-    student_shift = jnp.where(close[..., None], student_shift, teacher_shift)
-    similar = row_order * _alpha_beta_core(
-        student, teacher, student_shift, teacher_shift, order, 1 - order
-    )
+    similar = row_order * _alpha_beta_core(student, teacher, inverse, order, 1 - order)
     y = (1 - row_order) * similar
     tiny = jnp.abs(y) < 1e-6
     ratio = jnp.where(tiny, 1 + y / 2, -jnp.log1p(-y) / jnp.where(tiny, 1, y))

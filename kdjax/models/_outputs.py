@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from kdjax.types import Batch, LinearHead, Outputs
@@ -27,6 +29,8 @@ def as_outputs(returned: Any, features: Mapping[str, Array]) -> Outputs:
     """Wraps what a network returned, beside the features captured on the way."""
     if isinstance(returned, Outputs):
         return Outputs(returned.logits, {**returned.features, **features})
+    if isinstance(returned, np.ndarray):  # an entry of a batch from the host
+        returned = jnp.asarray(returned)
     if isinstance(returned, (jax.Array, LinearHead)):
         return Outputs(returned, dict(features))
     raise TypeError(

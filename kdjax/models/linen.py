@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import jax
-from flax import linen
+from flax import core, linen
 from flax.traverse_util import flatten_dict
 from jax import Array
 
@@ -68,6 +69,7 @@ def from_linen(
             f"variables: got the collections {sorted(variables)}, expected 'params' "
             "among them; pass what module.init returned."
         )
+    variables = core.unfreeze(variables)
     params = variables["params"]
     state = {name: tree for name, tree in variables.items() if name != "params"}
     taken = inspect.signature(type(module).__call__).parameters
@@ -87,14 +89,16 @@ def from_linen(
             if train and rng is not None
             else {}
         )
+        modes: Any = {name: on == train for name, on in switches.items()}
         returned, changed = module.apply(
             {"params": params, **model_state},
             *arguments(batch, inputs),
-            **{name: on == train for name, on in switches.items()},
+            **modes,
             rngs=keys,
             mutable=[*(model_state if train else ()), *(["intermediates"] * capture)],
             capture_intermediates=capture,
         )
+        changed = core.unfreeze(changed)
         calls = flatten_dict(changed.pop("intermediates", {}))
         captured = pick(by_path(calls), features) if capture else {}
         return as_outputs(returned, captured), {**model_state, **changed}

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax import Array
 
 from kdjax.models._outputs import arguments, as_outputs, by_path, pick
@@ -49,7 +51,8 @@ def from_nnx(
       >>> outputs.logits.shape
       (2, 3)
     """
-    graph, params, streams, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    parts: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    graph, params, streams, rest = parts
     stream_arrays = nnx.to_pure_dict(streams)
 
     def apply(
@@ -82,7 +85,7 @@ def _run(
         return network(*inputs), {}
     kind = nnx.Intermediate
     returned, captured = nnx.capture(network, kind, method_outputs=kind)(*inputs)
-    calls = {path: variable.get_value() for path, variable in captured.flat_state()}
+    calls = flatten_dict(nnx.to_pure_dict(captured))
     return returned, pick(by_path(calls), features)
 
 
@@ -93,10 +96,12 @@ def _reseeded(streams: PyTree, rng: Array | None) -> PyTree:
     mask to all dropout layers of one shape.
     """
     leaves, structure = jax.tree.flatten(streams)
-    if leaves and rng is None:
+    if not leaves:
+        return streams
+    if rng is None:
         raise ValueError("rng: got None; this network needs a key while training.")
     for index, leaf in enumerate(leaves):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             own = jax.random.fold_in(rng, index)
             leaves[index] = jax.random.split(own, leaf.shape)
     return jax.tree.unflatten(structure, leaves)

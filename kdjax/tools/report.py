@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rich.markup
 import rich.table
 
 _STYLE = """
@@ -102,12 +103,11 @@ class Table:
         )
 
     def _html_row(self, tag: str, cells: Sequence[str]) -> str:
-        marked = "".join(
-            f"<{tag}{' class="text"' if index < self.text_columns else ''}>"
-            f"{html.escape(cell)}</{tag}>"
-            for index, cell in enumerate(cells)
-        )
-        return f"<tr>{marked}</tr>"
+        marked = []
+        for index, cell in enumerate(cells):
+            kind = ' class="text"' if index < self.text_columns else ""
+            marked.append(f"<{tag}{kind}>{html.escape(cell)}</{tag}>")
+        return f"<tr>{''.join(marked)}</tr>"
 
 
 def mean_and_spread(values: Sequence[float], *, digits: int, scale: float = 1.0) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kdjax import metrics
@@ -29,7 +30,8 @@ def make_eval_step(
       student: as trained; runs in evaluation mode.
       teacher: as given to the training step.
       labels: entry of the batch with integer labels; may be absent from it.
-      where: entry of the batch that says which examples count; may be absent.
+      where: entry of the batch that says which examples, or which tokens of them,
+        count; may be absent.
 
     Returns:
       ``eval_step(state, frozen, batch)`` to the sums of
@@ -41,11 +43,15 @@ def make_eval_step(
             state.params["student"], state.model_state, batch, rng=None, train=False
         )
         target = teacher.outputs(frozen, state.teacher_state, batch)
+        logits, mask = shown.dense_logits(), batch.get(where)
+        if mask is not None and mask.shape == logits.shape[: mask.ndim]:
+            # An example counts with all its tokens. Other shapes are refused below.
+            mask = jnp.broadcast_to(
+                mask.reshape(mask.shape + (1,) * (logits.ndim - 1 - mask.ndim)),
+                logits.shape[:-1],
+            )
         return metrics.side_by_side(
-            shown.dense_logits(),
-            target.dense_logits(),
-            batch.get(labels),
-            where=batch.get(where),
+            logits, target.dense_logits(), batch.get(labels), where=mask
         )
 
     return eval_step

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kdjax.train.state import DistillState
@@ -37,10 +39,11 @@ def make_mesh(axes: Mapping[str, int] | None = None) -> Mesh:
     """
     count = jax.device_count()
     axes = {"data": count} if axes is None else dict(axes)
-    if np.prod(list(axes.values())) != count:
+    wanted = math.prod(axes.values())
+    if wanted != count or min(axes.values(), default=0) < 1:
         raise ValueError(
-            f"axes: {axes} is for {np.prod(list(axes.values()))} devices, but there "
-            f"are {count}."
+            f"axes: {axes} is for {wanted} devices, but there are {count}; sizes are "
+            "positive and multiply to it."
         )
     kinds = (AxisType.Auto,) * len(axes)
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
@@ -67,22 +70,33 @@ def shardings(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         for pattern, spec in rules:
             if re.search(pattern, name):
-                sharding = NamedSharding(mesh, spec)
                 try:
-                    sharding.shard_shape(leaf.shape)
+                    return _fitting(mesh, spec, np.shape(leaf))
                 except ValueError as error:
                     raise ValueError(
                         f"rules: {pattern!r} -> {spec} does not fit {name} of shape "
-                        f"{leaf.shape} on {dict(mesh.shape)}: {error}"
+                        f"{np.shape(leaf)} on {dict(mesh.shape)}: {error}"
                     ) from error
-                return sharding
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
+def _fitting(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding, if an array of this shape can be split so."""
+    sharding = NamedSharding(mesh, spec)
+    if len(spec) > len(shape):
+        raise ValueError(f"{len(spec)} axes to split, and the array has {len(shape)}.")
+    sharding.shard_shape(shape)
+    return sharding
+
+
 def place(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
-    """Puts the arrays of a tree onto a mesh, as :func:`shardings` says."""
+    """Puts the arrays of a tree onto a mesh, as :func:`shardings` says.
+
+    What lies there already is not copied, to save memory: once a step has donated the
+    placed tree, the tree that it came from is gone too, in part or as a whole.
+    """
     return jax.device_put(tree, shardings(tree, mesh, rules))
 
 
@@ -121,9 +135,15 @@ def place_step(
     replicated = NamedSharding(mesh, PartitionSpec())
     state_shardings = shardings(state, mesh, rules)
 
-    def by_entry(given: Batch) -> dict[str, NamedSharding]:
+    def by_entry(given: Batch) -> Mapping[str, PartitionSpec]:
         specs = batch if isinstance(batch, Mapping) else dict.fromkeys(given, batch)
-        return {name: NamedSharding(mesh, specs[name]) for name in given}
+        missing = sorted(set(given) - set(specs))
+        if missing:
+            raise ValueError(
+                f"batch: place_step got specs for {sorted(specs)}, but the batch also "
+                f"has {missing}; give each entry its own, or one spec for all."
+            )
+        return specs
 
     compiled = jax.jit(
         step,
@@ -135,25 +155,29 @@ def place_step(
     def placed(
         state: DistillState, frozen: PyTree, batch: Batch
     ) -> tuple[DistillState, dict[str, Mean]]:
-        return compiled(state, frozen, _spread(batch, by_entry(batch)))
+        return compiled(state, frozen, _spread(batch, mesh, by_entry(batch)))
 
     return placed
 
 
-def _spread(batch: Batch, targets: Mapping[str, NamedSharding]) -> dict[str, Any]:
+def _spread(
+    batch: Batch, mesh: Mesh, specs: Mapping[str, PartitionSpec]
+) -> dict[str, Any]:
     """Puts a batch from the host onto the mesh."""
-    for name, array in batch.items():
+
+    def onto(name: str, array: Any) -> Array:
+        spec = specs[name]
         try:
-            targets[name].shard_shape(np.shape(array))
+            if jax.process_count() == 1:
+                return jax.device_put(array, _fitting(mesh, spec, np.shape(array)))
+            # Each process has its own part of the batch.
+            whole = NamedSharding(mesh, spec)
+            return jax.make_array_from_process_local_data(whole, np.asarray(array))
         except ValueError as error:
             raise ValueError(
                 f"batch: {name!r} of shape {np.shape(array)} cannot be split as "
-                f"{targets[name].spec} over the mesh {dict(targets[name].mesh.shape)}: "
-                "choose a batch size that it divides, or fill the batch up and mask."
+                f"{spec} over the mesh {dict(mesh.shape)}: name axes of the mesh, and "
+                "choose a batch size that they divide, or fill the batch up and mask."
             ) from error
-    return {
-        name: jax.make_array_from_process_local_data(targets[name], np.asarray(array))
-        if jax.process_count() > 1
-        else jax.device_put(array, targets[name])
-        for name, array in batch.items()
-    }
+
+    return {name: onto(name, array) for name, array in batch.items()}

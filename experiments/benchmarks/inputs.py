@@ -1,0 +1,29 @@
+"""What every loss is measured on, with NumPy alone: PyTorch's process draws it too."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+LOSSES = ("forward_kl", "reverse_kl", "jensen_shannon", "knowledge_distillation")
+TEMPERATURE = 2.0
+ALPHA = 0.5
+
+
+class Inputs(NamedTuple):
+    student: np.ndarray
+    teacher: np.ndarray
+    labels: np.ndarray
+
+
+def draw(tokens: int, vocabulary: int) -> Inputs:
+    """Logits with the spread of a language model's, and labels."""
+    rng = np.random.default_rng(0)
+    shape = tokens, vocabulary
+    student, teacher = (
+        3 * rng.standard_normal(shape, dtype=np.float32) for _ in range(2)
+    )
+    return Inputs(
+        student, teacher, rng.integers(vocabulary, size=tokens, dtype="int32")
+    )

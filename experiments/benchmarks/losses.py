@@ -1,0 +1,189 @@
+"""Times kdjax's losses and step beside the same work in Optax, PyTorch and plain JAX.
+
+    python -m experiments.benchmarks.losses --torch ~/torch/bin/python
+
+The README beside this file says what is measured and what came out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from experiments.benchmarks import forms, report, step, traffic
+from experiments.benchmarks.inputs import LOSSES, draw
+from experiments.benchmarks.report import Figure, Sample
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is measured, and how often."""
+
+    tokens: int = 4096
+    """Rows of the logits."""
+    vocabulary: int = 32000
+    """Classes of each row."""
+    repeats: int = 7
+    """Runs of each side, in turns; medians are shown, with quartiles."""
+    only: Literal["losses", "traffic", "step"] | None = None
+    """One of the three parts; all by default (traffic where libtpu is installed)."""
+    torch: Path | None = None
+    """A Python that has torch and NumPy, such as ~/torch/bin/python."""
+    slice_tokens: int = 65536
+    """Rows of the logits on the TPU slice, over all chips."""
+    slice_vocabulary: int = 32768
+    """Classes on the TPU slice."""
+    markdown: bool = False
+    """Prints tables for a README."""
+    json: Path | None = None
+    """Also writes the figures to this file."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "vocabulary", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)}, expected 1 or more."
+                )
+        # 16 chips share them evenly.
+        for name in ("slice_tokens", "slice_vocabulary"):
+            if getattr(self, name) < 1 or getattr(self, name) % 16:
+                number = getattr(self, name)
+                raise ValueError(f"{name}: got {number}, expected a multiple of 16.")
+        if self.torch is not None and not self.torch.expanduser().is_file():
+            raise ValueError(f"torch: {self.torch} is no file; expected a Python.")
+
+
+def main(config: Config) -> list[Figure]:
+    """Measures and prints; returns what was printed."""
+    parts = [config.only] if config.only else ["losses", "traffic", "step"]
+    figures: list[Figure] = []
+    notes = [_machine()]
+    if "losses" in parts:
+        figures += of_losses(config)
+    if "traffic" in parts:
+        if traffic.available():
+            shape = config.slice_tokens, config.slice_vocabulary
+            figures += traffic.figures(*shape)
+        else:
+            notes.append("traffic: skipped, libtpu is not installed (extra `tpu`).")
+    if "step" in parts:
+        figures += step.figures(config.repeats)
+    report.show(figures, notes, markdown=config.markdown)
+    if config.json is not None:
+        report.save(figures, notes, config.json)
+    return figures
+
+
+def _machine() -> str:
+    return (
+        f"jax {jax.__version__}, optax {optax.__version__}, Python "
+        f"{platform.python_version()}, {jax.devices()[0].device_kind} with "
+        f"{_cores()} cores, load {os.getloadavg()[0]:.1f}"
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def of_losses(config: Config) -> Iterator[Figure]:
+    """Time and temporary memory of each loss with its gradient by the student."""
+    shape = f"[{config.tokens}, {config.vocabulary}] float32"
+    section = f"Value and gradient by the student, {shape}"
+    inputs = draw(config.tokens, config.vocabulary)
+    arrays = jax.device_put(tuple(inputs))
+    with contextlib.ExitStack() as stack:
+        ask = stack.enter_context(_torch(config)) if config.torch else None
+        for name in LOSSES:
+            programs = {
+                side: jax.jit(forms.mean_and_gradient(form[name]))
+                .lower(*arrays)
+                .compile()
+                for side, form in (("kdjax", forms.KDJAX), ("Optax", forms.OPTAX))
+            }
+            runs = {
+                side: report.stopwatch(
+                    lambda program=program: jax.block_until_ready(program(*arrays))
+                )
+                for side, program in programs.items()
+            }
+            if ask is not None:
+                _agree(name, programs["kdjax"](*arrays), ask(name)[1])
+                runs["PyTorch"] = lambda name=name: ask(name)[0]
+            samples = report.interleaved(runs, config.repeats)
+            for other, target in {"Optax": 0.7, "PyTorch": 1.0}.items():
+                if other in samples:
+                    sides = samples["kdjax"], samples[other]
+                    against = "PyTorch, compiled" if other == "PyTorch" else other
+                    yield from report.compared(section, name, against, *sides, target)
+            yield _memory(section, name, programs)
+
+
+def _memory(section: str, name: str, programs: dict[str, Any]) -> Figure:
+    ours, theirs = (
+        programs[side].memory_analysis().temp_size_in_bytes
+        for side in ("kdjax", "Optax")
+    )
+    sides = f"{ours / 1e6:.1f} MB", "Optax", f"{theirs / 1e6:.1f} MB"
+    return Figure(section, name, "temporaries", *sides, ours / theirs, target=0.5)
+
+
+def _agree(name: str, ours: tuple[Any, Any], theirs: tuple[float, float]) -> None:
+    """Both sides compute the same thing, or their times say nothing."""
+    value, gradient = ours
+    mine = float(value), float(jnp.abs(gradient).max())
+    np.testing.assert_allclose(mine, theirs, rtol=1e-4, err_msg=f"{name} in torch")
+
+
+Answer = tuple[Sample, tuple[float, float]]
+
+
+@contextlib.contextmanager
+def _torch(config: Config) -> Iterator[Callable[[str], Answer]]:
+    """A process of PyTorch that runs a loss when asked: its time, and what came out."""
+    python = str(config.torch.expanduser())  # type: ignore[union-attr]
+    options = {
+        "--tokens": config.tokens,
+        "--vocabulary": config.vocabulary,
+        "--threads": _cores(),
+    }
+    command = [python, "-m", "experiments.benchmarks.torch_losses"]
+    command += [str(word) for pair in options.items() for word in pair]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+
+        def answer() -> list[str]:
+            line = process.stdout.readline().split()
+            if not line:
+                raise RuntimeError(f"torch: {python} gave up; its message is above.")
+            return line
+
+        def ask(name: str) -> Answer:
+            process.stdin.write(f"{name}\n")
+            process.stdin.flush()
+            wall, cpu, value, largest = map(float, answer())
+            return Sample(wall, cpu), (value, largest)
+
+        answer()  # its version: it is ready
+        try:
+            yield ask
+        finally:
+            process.stdin.close()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

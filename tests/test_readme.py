@@ -1,0 +1,31 @@
+"""The README's code runs as it is written."""
+
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_python_blocks_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    scope = {"student_logits": jnp.zeros((2, 3)), "teacher_logits": jnp.eye(2, 3)}
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), scope)
+    assert scope["per_token"].shape == (2,)
+    assert "'loss'" in capsys.readouterr().out
+
+
+def test_the_training_example_has_fifteen_lines():
+    block = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    assert len([line for line in block.splitlines() if line.strip()]) == 15
+
+
+def test_table_names_every_loss():
+    from kdjax import losses
+
+    table = README.read_text().split("## The losses\n")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", table)) & set(losses.__all__)
+    assert named == set(losses.__all__)
