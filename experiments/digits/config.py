@@ -36,7 +36,7 @@ class Config:
     """Optimizer steps of the teacher."""
     batch_size: int = 64
     """Images per step, over all devices."""
-    learning_rate: float = 1e-2
+    learning_rate: float = 2e-2
     """The students' peak learning rate (AdamW, cosine decay to 0); the teacher has
     2e-3."""
     evaluate_every: int = 50

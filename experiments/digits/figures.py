@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from experiments.digits.kinds import (
     ALL_ALONE,
@@ -60,24 +61,33 @@ def curves(every: Mapping[Kind, Curves], titles: tuple[str, str]) -> Figure:
         ("student_accuracy", "validation accuracy", "linear"),
         ("forward_kl", "validation KL to the teacher", "log"),
     )
-    figure = Figure(figsize=(11, 6.2), layout="constrained")
-    grid = figure.subplots(2, len(columns), sharex=True, squeeze=False)
+    figure = Figure(figsize=(11, 6))
+    grid = figure.subplots(
+        2,
+        len(columns),
+        sharex=True,
+        sharey="col",
+        squeeze=False,
+        gridspec_kw=dict(left=0.07, right=0.99, bottom=0.08, top=0.87, wspace=0.2),
+    )
     for row, (few, title) in enumerate(zip((True, False), titles, strict=True)):
         kinds = [kind for kind in every if kind.few == few]
-        for column, (name, what, scale) in enumerate(columns):
-            axes = grid[row, column]
+        for axes, (name, what, scale) in zip(grid[row], columns, strict=True):
             for kind in kinds:
                 steps, runs = every[kind].series[name]
                 draw_band(
                     axes, steps, runs, color=_COLORS[kind], label=kind.title, lw=1.8
                 )
             axes.set_yscale(scale)
-            axes.set_title(f"{what}, {title}", fontsize=10.5, loc="left", color=_INK)
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            if row == 0:
+                axes.set_title(what, fontsize=11, loc="left", color=_INK)
             _clean(axes)
-        grid[row, 1].set_ylim(0.6, 1.0)
-        grid[row, 1].legend(frameon=False, fontsize=9, loc="lower right")
+        grid[row, 0].set_ylabel(title, fontsize=11, color=_INK, fontweight="bold")
     for axes in grid[-1]:
         axes.set_xlabel("step", color=_INK)
+    # With all labels there is one kind of distilled student, which sees all images.
+    _legend(figure, grid[0, 0])
     return figure
 
 
@@ -86,12 +96,20 @@ def soft_targets(examples: Sequence[Example], temperature: float) -> Figure:
     colors = (_TEACHER, _DISTILLED, _ALONE)
     columns = 2
     rows = -(-len(examples) // columns)
-    figure = Figure(figsize=(11, 1.45 * rows + 0.7), layout="constrained")
+    figure = Figure(figsize=(11, 1.3 * rows + 0.7))
     grid = figure.subplots(
         rows,
         2 * columns,
         squeeze=False,
-        gridspec_kw={"width_ratios": [1, 3.6] * columns},
+        gridspec_kw=dict(
+            width_ratios=[1, 3.4] * columns,
+            left=0.01,
+            right=0.99,
+            bottom=0.09,
+            top=0.93,
+            wspace=0.12,
+            hspace=0.35,
+        ),
     )
     for axes in grid.flat:
         axes.set_axis_off()
@@ -101,14 +119,12 @@ def soft_targets(examples: Sequence[Example], temperature: float) -> Figure:
         picture.imshow(example.pixels, cmap="gray_r", vmin=0, vmax=1)
         bars.set_axis_on()
         _bars(bars, example, colors)
-    handles, labels = grid[0, 1].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=10
-    )
+    _legend(figure, grid[0, 1])
     figure.supxlabel(
         f"class, with its probability at temperature {temperature:g}",
-        fontsize=10,
+        fontsize=11,
         color=_INK,
+        y=0.015,
     )
     return figure
 
@@ -124,6 +140,13 @@ def _bars(axes: Any, example: Example, colors: Sequence[str]) -> None:
     _clean(axes)
     for digit, text in enumerate(axes.get_xticklabels()):
         text.set_fontweight("bold" if digit == example.label else "normal")
+
+
+def _legend(figure: Figure, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="upper center", ncols=3, frameon=False, fontsize=11
+    )
 
 
 def _clean(axes: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -24,11 +25,12 @@ from experiments.digits.interruption import Interrupted, Sigterm
 from experiments.digits.kinds import KINDS, Kind
 from experiments.digits.model import student_net, teacher_net
 from experiments.digits.runs import Job, Result, Trainer
-from kdjax import Adapted, losses, metrics, objectives
+from kdjax import Adapted, Teacher, losses, metrics, objectives, teachers
 from kdjax.io.checkpoints import Checkpoints
 from kdjax.io.input import batches
 from kdjax.tools.report import write_whole
 from kdjax.train import DistillState
+from kdjax.types import PyTree
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 job = _prepared(config, console, sigterm)
             except (ValueError, OSError) as error:
-                Console(stderr=True).print(f"Refused: {error}", style="red")
+                print(f"Refused: {error}", file=sys.stderr)
                 return 2
             trained = _train(job)
             _report(job, time.perf_counter() - started if trained else None)
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("Interrupted. Run the same command to continue.")
         return 130
     except FloatingPointError as error:
-        Console(stderr=True).print(f"Stopped: {error}", style="red")
+        print(f"Stopped: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -114,6 +116,7 @@ def _trainer_of_teacher(job: Job) -> Trainer:
     return Trainer(
         job,
         teacher_net(seed=0),
+        None,
         objectives.hard_labels(),
         learning_rate=2e-3,
         steps=job.config.teacher_steps,
@@ -169,9 +172,9 @@ def _train(job: Job) -> bool:
     if not pending and Result.read(config.out / "teacher") is not None:
         job.console.print(f"All runs in {config.out} are finished.")
         return False
-    teacher = _teacher(job)
+    net, teacher = student_net(seed=0), teachers.frozen(_teacher(job))
     trainers = {
-        distilled: _trainer_of_student(job, teacher, distilled)
+        distilled: _trainer_of_student(job, net, teacher, distilled)
         for distilled in {kind.distilled for kind, _ in pending}
     }
     for number, (kind, seed) in enumerate(pending, start=1):
@@ -193,7 +196,9 @@ def _teacher(job: Job) -> Adapted:
     return job.teacher
 
 
-def _trainer_of_student(job: Job, teacher: Adapted, distilled: bool) -> Trainer:
+def _trainer_of_student(
+    job: Job, net: Adapted, teacher: tuple[Teacher, PyTree], distilled: bool
+) -> Trainer:
     config = job.config
     if distilled:
         objective = objectives.combine(
@@ -209,11 +214,11 @@ def _trainer_of_student(job: Job, teacher: Adapted, distilled: bool) -> Trainer:
         objective = objectives.hard_labels()
     return Trainer(
         job,
-        student_net(seed=0),
+        net,
+        teacher,
         objective,
         learning_rate=config.learning_rate,
         steps=config.steps,
-        teacher=teacher,
     )
 
 
@@ -232,6 +237,6 @@ def _report(job: Job, seconds: float | None) -> None:
     job.console.print(table.rich())
     for line in report.findings(results, job.config):
         job.console.print(line)
-    path = report.write(job.config, job.digits, results, seconds)
+    path = report.write(job.config, job.digits, results)
     done = "" if seconds is None else f" after {seconds:.0f} s"
     job.console.print(f"Curves and pictures{done}: {path}")

@@ -29,12 +29,12 @@ from kdjax.tools.report import Table, image, mean_and_spread, page, png, write_w
 _COLUMNS = (
     "labels",
     "training",
-    "parameters",
-    "test accuracy %",
-    "agreement %",
-    "KL to teacher",
-    "calibration error %",
-    "ms / step",
+    "params",
+    "accuracy %",
+    "agrees %",
+    "KL",
+    "ECE %",
+    "ms/step",
 )
 
 
@@ -80,7 +80,7 @@ def table(results: Results, config: Config) -> Table:
             f"{runs[0].parameters:,}",
             mean_and_spread(_all(runs, "student_accuracy"), digits=1, scale=100),
             mean_and_spread(_all(runs, "agreement"), digits=1, scale=100),
-            mean_and_spread(_all(runs, "forward_kl"), digits=3),
+            mean_and_spread(_all(runs, "forward_kl"), digits=2),
             mean_and_spread(
                 _all(runs, "student_calibration_error"), digits=1, scale=100
             ),
@@ -107,16 +107,14 @@ def findings(results: Results, config: Config) -> list[str]:
         ]
         better = sum(gain > 0 for gain in gains)
         lines.append(
-            f"{_labels(kind, config)}: {kind.title}, gains "
+            f"{_titles(config)[not kind.few]}: {kind.title}, gains "
             f"{mean_and_spread(gains, digits=1, scale=100)} points of test accuracy "
             f"over alone; better in {better} of {len(gains)} seeds."
         )
     return lines
 
 
-def write(
-    config: Config, digits: Digits, results: Results, seconds: float | None
-) -> Path:
+def write(config: Config, digits: Digits, results: Results) -> Path:
     """Writes table, figures and page into the output folder; returns the page."""
     out = config.out
     shown = table(results, config)
@@ -129,7 +127,6 @@ def write(
             for kind, runs in results.students.items()
         },
         "findings": told,
-        "seconds": seconds,
     }
     write_whole(out / "results.json", json.dumps(everything, indent=2) + "\n")
     curves = png(figures.curves(_curves(config), _titles(config)))
@@ -177,15 +174,16 @@ def _notes(told: Sequence[str], config: Config) -> str:
     )
     lines = "".join(f"<li>{line}</li>" for line in told)
     return (
-        f'<p class="note">{spread}Agreement, KL(teacher ‖ student) at temperature 1 '
-        "and calibration error (15 bins) are on the test part too. The teacher saw "
-        "all labels, so through it the distilled students profit from labels that "
-        f"the students alone never see.</p><ul>{lines}</ul>"
+        f'<p class="note">{spread}Agrees: how often the teacher names the same class. '
+        "KL: KL(teacher ‖ student) at temperature 1, in nats. ECE: expected "
+        "calibration error, 15 bins. The teacher saw all labels, so through it the "
+        "distilled students profit from labels that the students alone never see."
+        f"</p><ul>{lines}</ul>"
     )
 
 
 def _labels(kind: Kind, config: Config) -> str:
-    return f"{config.labels_per_class} per class" if kind.few else "all"
+    return f"{config.labels_per_class} each" if kind.few else "all"
 
 
 def _titles(config: Config) -> tuple[str, str]:

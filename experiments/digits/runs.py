@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rich.console import Console
 from experiments.digits.config import Config
 from experiments.digits.data import CLASSES, Digits, Images
 from experiments.digits.interruption import Interrupted, Sigterm
-from kdjax import Adapted, Objective, make_train_step, teachers
+from kdjax import Adapted, Model, Objective, Teacher, make_train_step, teachers
 from kdjax.io.checkpoints import Checkpoints
 from kdjax.io.input import Transform, batches, padded_batches
 from kdjax.io.logs import JsonLines, ProgressBar, TensorBoard
@@ -34,7 +35,9 @@ from kdjax.train import (
     place,
     place_step,
 )
-from kdjax.types import Batch
+from kdjax.train.evaluation import Sums
+from kdjax.train.loop import Step
+from kdjax.types import Batch, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,16 +103,31 @@ class _StepTimes:
         pass
 
 
+@functools.lru_cache
+def _compiled_eval_step(student: Model, teacher: Teacher) -> Callable[..., Sums]:
+    """One program for all trainers of the same student and teacher."""
+    return jax.jit(make_eval_step(student, teacher))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: Model, state: DistillState, batch: Batch) -> jax.Array:
+    outputs, _ = model.apply(
+        state.params["student"], state.model_state, batch, rng=None, train=False
+    )
+    return outputs.dense_logits()
+
+
 class Trainer:
     """Trains networks of one architecture with one objective, one per seed.
 
     Args:
       job: what all trainings share.
       net: the architecture; its arrays serve as a template.
+      teacher: from ``teachers.frozen``, what it is distilled from or compared with;
+        ``None`` if there is none.
       objective: what is trained for.
       learning_rate: the peak.
       steps: optimizer steps.
-      teacher: what it is distilled from and compared with, if there is one.
       transform: augments batches.
     """
 
@@ -117,11 +135,11 @@ class Trainer:
         self,
         job: Job,
         net: Adapted,
+        teacher: tuple[Teacher, PyTree] | None,
         objective: Objective,
         *,
         learning_rate: float,
         steps: int,
-        teacher: Adapted | None = None,
         transform: Transform | None = None,
     ):
         self._job = job
@@ -130,23 +148,20 @@ class Trainer:
         self._has_teacher = teacher is not None
         # Without one, no term asks for the teacher's outputs, and the compiler leaves
         # its forward pass out.
-        source, frozen = teachers.frozen(net if teacher is None else teacher)
+        source, frozen = teacher or teachers.frozen(net)
         optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps))
         self._parts = (source, objective, optimizer)
         self._mesh = make_mesh()
         self._frozen = place(frozen, self._mesh)
         step = make_train_step(net.model, *self._parts)
+        self._step: Step
         if self._mesh.size == 1:
             self._step = jax.jit(step, donate_argnums=0)
         else:
             template = self.initial(net, seed=0)
             self._step = place_step(step, self._mesh, state=template, frozen=frozen)
-        self._eval_step = jax.jit(make_eval_step(net.model, source))
-        self._predict = jax.jit(
-            lambda state, batch: net.model.apply(
-                state.params["student"], state.model_state, batch, rng=None, train=False
-            )[0].dense_logits()
-        )
+        self._eval_step = _compiled_eval_step(net.model, source)
+        self._model = net.model
 
     def initial(self, net: Adapted, seed: int) -> DistillState:
         """The state that a training starts from."""
@@ -235,7 +250,7 @@ class Trainer:
         if Result.read(folder) is not None:
             return
         test = self._evaluation(self._job.digits.test)
-        logits = np.asarray(self._predict(state, test[0]))
+        logits = np.asarray(_logits(self._model, state, test[0]))
         buffer = io.BytesIO()
         np.save(buffer, logits[: len(self._job.digits.test["x"])])
         write_whole(folder / "test_logits.npy", buffer.getvalue())

@@ -113,12 +113,27 @@ def jensen_shannon(
     return softened(_js_core, student_logits, teacher_logits, temperature, where, beta)
 
 
+def _skew_scores(pair: Pair, skew: Array) -> tuple[Array, Array]:
+    """The derivative by p, log(p/m) - skew p/m, from two origins.
+
+    The first is 0 where p = q. The second is 0 where q vanishes beside p; in a row that
+    is mostly like that the first would be a difference of two nearly equal numbers.
+    """
+    _, log_p, _ = _log_to_mixture(pair, skew)
+    near = log_p - skew * jnp.expm1(log_p)
+    # exp is cut where it would overflow; odds are beyond counting there.
+    odds = (1 - skew) / jnp.where(skew > 0, skew, 1)
+    odds *= jnp.exp(jnp.minimum(-pair.x, 80))
+    return near, odds / (1 + odds) - jnp.log1p(odds)
+
+
 def _skew_terms(pair: Pair, skew: Array) -> Sums:
     mixture, log_p, _ = _log_to_mixture(pair, skew)
-    ratio = jnp.expm1(log_p)  # p/m - 1, bounded below by -1 and above by 1/skew
-    # log(p/m) is -inf where p is 0; such a class has no weight in the mean over p.
-    by_teacher = jnp.where(pair.p > 0, pair.p * (log_p - skew * ratio), 0)
-    return excess(pair.p, mixture, log_p), pair.q * ratio, by_teacher
+    # log(p/m) is -inf where p is 0; such a class has no weight in the means over p.
+    near, far = (
+        jnp.where(pair.p > 0, pair.p * score, 0) for score in _skew_scores(pair, skew)
+    )
+    return excess(pair.p, mixture, log_p), pair.q * jnp.expm1(log_p), near, far
 
 
 def _skew_student(pair: Pair, sums: Sums, skew: Array) -> Array:
@@ -128,8 +143,11 @@ def _skew_student(pair: Pair, sums: Sums, skew: Array) -> Array:
 
 
 def _skew_teacher(pair: Pair, sums: Sums, skew: Array) -> Array:
-    _, log_p, _ = _log_to_mixture(pair, skew)
-    return centred(log_p - skew * jnp.expm1(log_p), pair.p, sums[2])
+    near, far = _skew_scores(pair, skew)
+    mostly_far = (jnp.abs(sums[3]) < jnp.abs(sums[2])) & (skew > 0)
+    return jnp.where(
+        mostly_far, centred(far, pair.p, sums[3]), centred(near, pair.p, sums[2])
+    )
 
 
 _skew_core = differentiable(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rich.box
 import rich.markup
 import rich.table
 
@@ -66,11 +67,19 @@ class Table:
 
     def rich(self, title: str | None = None) -> rich.table.Table:
         """The table for a terminal; print it with a ``rich.console.Console``."""
-        shown = rich.table.Table(title=title, title_justify="left")
+        shown = rich.table.Table(
+            title=title,
+            title_justify="left",
+            box=rich.box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            padding=0,
+        )
         for index, name in enumerate(self.columns):
-            shown.add_column(
-                name, justify="left" if index < self.text_columns else "right"
-            )
+            justify: Any = "left" if index < self.text_columns else "right"
+            # On a narrow terminal the last of the words give way, and no number.
+            gives_way = index == self.text_columns - 1
+            shown.add_column(name, justify=justify, no_wrap=not gives_way)
         for row in self.rows:
             shown.add_row(*map(rich.markup.escape, row))
         return shown

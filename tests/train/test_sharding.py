@@ -174,6 +174,19 @@ def test_placed_step_keeps_everything_where_it_is():
     assert len(metrics["loss"].total.sharding.device_set) == 8
 
 
+def test_results_go_where_the_rules_say_and_not_where_they_were_computed():
+    # Left to the compiler, both results would be split as the batch is.
+    def step(state, frozen, batch):
+        return {"total": state["total"] + batch["x"]}, {"seen": batch["x"]}
+
+    state = {"total": jnp.zeros(8)}
+    compiled = place_step(step, mesh(), state=state, frozen={}, donate=False)
+    got, metrics = compiled(place(state, mesh()), {}, {"x": np.arange(8.0)})
+    assert got["total"].is_fully_replicated
+    assert metrics["seen"].is_fully_replicated
+    np.testing.assert_array_equal(got["total"], np.arange(8.0))
+
+
 @pytest.mark.parametrize("donate", [True, False])
 def test_placed_step_donates_the_state_alone(donate):
     state, frozen = fresh()
