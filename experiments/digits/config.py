@@ -19,11 +19,9 @@ class Config:
     out: Path = Path("runs/digits")
     """Folder of results and checkpoints; one folder per set of settings."""
     seeds: int = 5
-    """Students of every kind; seed n has initial weights, order of batches and
-    labelled images of its own, the same ones for every kind."""
+    """Students of every kind; each seed has its own weights and labelled images."""
     teacher: Path | None = None
-    """Folder of the teacher of an earlier run (OUT/teacher); without it one is
-    trained."""
+    """The teacher of an earlier run, OUT/teacher; None trains one."""
     labels_per_class: int = 10
     """Labelled images per class in the setting with few labels."""
     alpha: float = 0.1
@@ -37,8 +35,7 @@ class Config:
     batch_size: int = 64
     """Images per step, over all devices."""
     learning_rate: float = 2e-2
-    """The students' peak learning rate (AdamW, cosine decay to 0); the teacher has
-    2e-3."""
+    """Peak of the students' (AdamW, cosine decay to 0); the teacher has 2e-3."""
     evaluate_every: int = 50
     """Steps between two measurements on the validation part."""
     checkpoint_every: int = 200

@@ -7,7 +7,7 @@ they are concrete, which is why ranges are checked for Python numbers alone.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
 
 import chex
 import jax
@@ -109,14 +109,17 @@ def labels(labels: ArrayLike, logits: ArrayLike) -> None:
             )
 
 
-def _concrete(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+def _concrete(numbers: dict[str, ArrayLike]) -> Iterator[tuple[str, float]]:
+    """The numbers whose value is known without asking a device."""
+    for name, number in numbers.items():
+        if isinstance(number, (int, float, np.integer, np.floating)):
+            yield name, float(number)
 
 
 def positive(**numbers: ArrayLike) -> None:
     """Every Python number is positive and finite."""
-    for name, number in numbers.items():
-        if _concrete(number) and not (number > 0 and math.isfinite(number)):
+    for name, number in _concrete(numbers):
+        if not (number > 0 and math.isfinite(number)):
             raise ValueError(
                 f"{name}: got {number}, expected a positive, finite number."
             )
@@ -124,15 +127,15 @@ def positive(**numbers: ArrayLike) -> None:
 
 def finite(**numbers: ArrayLike) -> None:
     """Every Python number is finite."""
-    for name, number in numbers.items():
-        if _concrete(number) and not math.isfinite(number):
+    for name, number in _concrete(numbers):
+        if not math.isfinite(number):
             raise ValueError(f"{name}: got {number}, expected a finite number.")
 
 
 def non_negative(**numbers: ArrayLike) -> None:
     """Every Python number is finite and at least 0."""
-    for name, number in numbers.items():
-        if _concrete(number) and not (number >= 0 and math.isfinite(number)):
+    for name, number in _concrete(numbers):
+        if not (number >= 0 and math.isfinite(number)):
             raise ValueError(
                 f"{name}: got {number}, expected a finite number of at least 0."
             )
@@ -140,16 +143,16 @@ def non_negative(**numbers: ArrayLike) -> None:
 
 def fraction(**numbers: ArrayLike) -> None:
     """Every Python number lies in [0, 1]."""
-    for name, number in numbers.items():
-        if _concrete(number) and not 0 <= number <= 1:
+    for name, number in _concrete(numbers):
+        if not 0 <= number <= 1:
             raise ValueError(f"{name}: got {number}, expected a number in [0, 1].")
 
 
 def inside(*, at_zero: str, at_one: str, **numbers: ArrayLike) -> None:
     """Every Python number lies strictly between 0 and 1."""
-    for name, number in numbers.items():
-        if _concrete(number) and not 0 < number < 1:
-            instead = {0: at_zero, 1: at_one}.get(number)
+    for name, number in _concrete(numbers):
+        if not 0 < number < 1:
+            instead = {0.0: at_zero, 1.0: at_one}.get(number)
             hint = f"; for that end use {instead}" if instead else ""
             raise ValueError(
                 f"{name}: got {number}, expected a number strictly between 0 and 1"

@@ -245,8 +245,8 @@ def softened(
         jnp.float32,
     )
     temperature = jnp.asarray(temperature, dtype)
-    numbers = (jnp.asarray(number, dtype) for number in hyper)
-    numbers = tuple(n[..., None] if n.ndim else n for n in numbers)
+    cast = [jnp.asarray(number, dtype) for number in hyper]
+    numbers = [number[..., None] if number.ndim else number for number in cast]
     inverse = 1 / (temperature[..., None] if temperature.ndim else temperature)
     student, teacher = (
         jnp.asarray(logits).astype(dtype) for logits in (student_logits, teacher_logits)

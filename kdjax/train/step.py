@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -76,10 +76,10 @@ def make_train_step(
         rng = jax.random.fold_in(state.rng, state.step)
         if axis_name is not None:
             rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
-        slope = _accumulated(run, state, frozen, batch, rng, accumulate, axis_name)
-        loss, grad_norm = slope.loss, optax.tree.norm(slope.grads)
+        sums, moved = _gradient(run, state, frozen, batch, rng, accumulate, axis_name)
+        loss, grad_norm = sums.loss, optax.tree.norm(sums.grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        changed = _changed(state, slope, teacher, optimizer)
+        changed = _changed(state, sums.grads, moved, teacher, optimizer)
         kept = {
             name: jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old), new, getattr(state, name)
@@ -92,7 +92,7 @@ def make_train_step(
         )
         one = jnp.ones((), jnp.int32)
         return new_state, {
-            **slope.means,
+            **sums.means,
             "loss": Mean(loss, one),
             "grad_norm": Mean(grad_norm, one),
             "skipped": Mean(skipped.astype(jnp.float32), one),
@@ -108,13 +108,12 @@ class _Moved(NamedTuple):
     objective_state: PyTree
 
 
-class _Slope(NamedTuple):
-    """What all micro-batches of a step add up to."""
+class _Sums(NamedTuple):
+    """What adds up over micro-batches and devices."""
 
     grads: PyTree
     loss: Array
     means: Metrics
-    moved: _Moved
 
 
 class _Forward(NamedTuple):
@@ -148,7 +147,7 @@ class _Forward(NamedTuple):
         return terms, _Moved(model_state, objective_state)
 
 
-def _accumulated(
+def _gradient(
     run: _Forward,
     state: DistillState,
     frozen: PyTree,
@@ -156,13 +155,15 @@ def _accumulated(
     rng: Array,
     accumulate: int,
     axis_name: str | None,
-) -> _Slope:
+) -> tuple[_Sums, _Moved]:
     """Loss and gradient of the whole batch, over micro-batches and devices."""
 
     def everywhere(tree: PyTree) -> PyTree:
         return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
-    def slope(moved: _Moved, micro: Batch, rng: Array, counts: Any) -> _Slope:
+    def sums(
+        moved: _Moved, micro: Batch, rng: Array, counts: dict[str, Array] | None
+    ) -> tuple[_Sums, _Moved]:
         def loss(params: PyTree) -> tuple[Array, tuple[Metrics, _Moved]]:
             terms, changed = run(params, moved, state, frozen, micro, rng)
             over = everywhere(_counts(terms)) if counts is None else counts
@@ -171,35 +172,36 @@ def _accumulated(
 
         differentiate = jax.value_and_grad(loss, has_aux=True)
         (value, (means, changed)), grads = differentiate(state.params)
-        return _Slope(grads, value, means, changed)
+        return _Sums(grads, value, means), changed
 
     moved = _Moved(state.model_state, state.objective_state)
     if accumulate == 1:
-        total = slope(moved, dict(batch), rng, None)
-    else:
-        micros = _split(batch, accumulate)
-        rngs = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(accumulate))
+        total, moved = sums(moved, dict(batch), rng, None)
+        return everywhere(total), _averaged(moved, axis_name)
 
-        # The gradient is divided by how much counts in the whole batch, which must
-        # be known first. The compiler drops from this pass all that no count needs.
-        def count(inputs: tuple[Batch, Array]) -> dict[str, Array]:
-            terms, _ = run(state.params, moved, state, frozen, *inputs)
-            return _counts(terms)
+    micros = _split(batch, accumulate)
+    rngs = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(accumulate))
 
-        counts = jax.lax.map(count, (micros, rngs))
-        counts = everywhere(jax.tree.map(lambda each: each.sum(0), counts))
+    # The gradient is divided by how much counts in the whole batch, which must be
+    # known first. The compiler drops from this pass all that no count needs.
+    def count(micro: Batch, rng: Array) -> dict[str, Array]:
+        return _counts(run(state.params, moved, state, frozen, micro, rng)[0])
 
-        def add(sofar: _Slope, inputs: tuple[Batch, Array]) -> tuple[_Slope, None]:
-            more = slope(sofar.moved, *inputs, counts)
-            sums = jax.tree.map(jnp.add, sofar[:3], more[:3])
-            return _Slope(*sums, more.moved), None
+    each = jax.lax.map(lambda inputs: count(*inputs), (micros, rngs))
+    counts = everywhere(jax.tree.map(lambda values: values.sum(0), each))
 
-        first = jax.tree.map(lambda each: each[0], (micros, rngs))
-        shapes = jax.eval_shape(lambda: slope(moved, *first, counts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:3])
-        total, _ = jax.lax.scan(add, _Slope(*zeros, moved), (micros, rngs))
-    grads, loss, means = everywhere(total[:3])
-    return _Slope(grads, loss, means, _averaged(total.moved, axis_name))
+    def add(
+        carry: tuple[_Sums, _Moved], inputs: tuple[Batch, Array]
+    ) -> tuple[tuple[_Sums, _Moved], None]:
+        micro, rng = inputs
+        more, moved = sums(carry[1], micro, rng, counts)
+        return (jax.tree.map(jnp.add, carry[0], more), moved), None
+
+    micro, key = jax.tree.map(lambda values: values[0], (micros, rngs))
+    shapes, _ = jax.eval_shape(lambda: sums(moved, micro, key, counts))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    (total, moved), _ = jax.lax.scan(add, (zeros, moved), (micros, rngs))
+    return everywhere(total), _averaged(moved, axis_name)
 
 
 def _counts(terms: dict[str, Term]) -> dict[str, Array]:
@@ -259,19 +261,20 @@ def _averaged(moved: _Moved, axis_name: str | None) -> _Moved:
 
 def _changed(
     state: DistillState,
-    slope: _Slope,
+    grads: PyTree,
+    moved: _Moved,
     teacher: Teacher,
     optimizer: optax.GradientTransformation,
 ) -> dict[str, PyTree]:
-    updates, opt_state = optimizer.update(slope.grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     teacher_state = teacher.update(
-        state.teacher_state, params["student"], slope.moved.model_state, state.step
+        state.teacher_state, params["student"], moved.model_state, state.step
     )
     return {
         "params": params,
-        "model_state": slope.moved.model_state,
-        "objective_state": slope.moved.objective_state,
+        "model_state": moved.model_state,
+        "objective_state": moved.objective_state,
         "teacher_state": teacher_state,
         "opt_state": opt_state,
     }

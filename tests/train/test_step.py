@@ -303,11 +303,11 @@ def test_refuses_bad_arguments_by_name():
     with pytest.raises(ValueError, match="accumulate: got 0"):
         setups.training(net, accumulate=0)
     state, frozen, step = setups.training(net, accumulate=3)
-    with pytest.raises(ValueError, match="accumulate: got 3.*16 examples"):
+    with pytest.raises(ValueError, match=r"accumulate: got 3.*16 examples"):
         jax.jit(step)(state, frozen, setups.batch())
     silent = objectives.soft_labels(weight=0)
     state, frozen, step = setups.training(net, goal=silent)
-    with pytest.raises(ValueError, match="objective: all of its terms.*weight 0"):
+    with pytest.raises(ValueError, match=r"objective: all of its terms.*weight 0"):
         jax.jit(step)(state, frozen, setups.batch())
 
 
