@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import platform
 import subprocess
@@ -96,6 +97,10 @@ def _machine() -> str:
     )
 
 
+Answer = tuple[Sample, tuple[float, float]]
+"""What PyTorch's process gives: times, and value and largest gradient."""
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
@@ -116,14 +121,12 @@ def of_losses(config: Config) -> Iterator[Figure]:
                 for side, form in (("kdjax", forms.KDJAX), ("Optax", forms.OPTAX))
             }
             runs = {
-                side: report.stopwatch(
-                    lambda program=program: jax.block_until_ready(program(*arrays))
-                )
+                side: report.stopwatch(functools.partial(_finished, program, arrays))
                 for side, program in programs.items()
             }
             if ask is not None:
                 _agree(name, programs["kdjax"](*arrays), ask(name)[1])
-                runs["PyTorch"] = lambda name=name: ask(name)[0]
+                runs["PyTorch"] = functools.partial(_time_of, ask, name)
             samples = report.interleaved(runs, config.repeats)
             for other, target in {"Optax": 0.7, "PyTorch": 1.0}.items():
                 if other in samples:
@@ -131,6 +134,14 @@ def of_losses(config: Config) -> Iterator[Figure]:
                     against = "PyTorch, compiled" if other == "PyTorch" else other
                     yield from report.compared(section, name, against, *sides, target)
             yield _memory(section, name, programs)
+
+
+def _finished(program: Callable[..., Any], arrays: tuple[Any, ...]) -> Any:
+    return jax.block_until_ready(program(*arrays))
+
+
+def _time_of(ask: Callable[[str], Answer], name: str) -> Sample:
+    return ask(name)[0]
 
 
 def _memory(section: str, name: str, programs: dict[str, Any]) -> Figure:
@@ -149,9 +160,6 @@ def _agree(name: str, ours: tuple[Any, Any], theirs: tuple[float, float]) -> Non
     np.testing.assert_allclose(mine, theirs, rtol=1e-4, err_msg=f"{name} in torch")
 
 
-Answer = tuple[Sample, tuple[float, float]]
-
-
 @contextlib.contextmanager
 def _torch(config: Config) -> Iterator[Callable[[str], Answer]]:
     """A process of PyTorch that runs a loss when asked: its time, and what came out."""
@@ -165,16 +173,19 @@ def _torch(config: Config) -> Iterator[Callable[[str], Answer]]:
     command += [str(word) for pair in options.items() for word in pair]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        to_torch, from_torch = process.stdin, process.stdout
 
         def answer() -> list[str]:
-            line = process.stdout.readline().split()
+            line = from_torch.readline().split()
             if not line:
                 raise RuntimeError(f"torch: {python} gave up; its message is above.")
             return line
 
         def ask(name: str) -> Answer:
-            process.stdin.write(f"{name}\n")
-            process.stdin.flush()
+            to_torch.write(f"{name}\n")
+            to_torch.flush()
             wall, cpu, value, largest = map(float, answer())
             return Sample(wall, cpu), (value, largest)
 
@@ -182,7 +193,7 @@ def _torch(config: Config) -> Iterator[Callable[[str], Answer]]:
         try:
             yield ask
         finally:
-            process.stdin.close()
+            to_torch.close()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ def perceptron(rng: Array, widths: tuple[int, ...]) -> dict[str, dict[str, Array
             "bias": jnp.zeros(shape[1]),
         }
         for i, (key, shape) in enumerate(
-            zip(keys, zip(widths, widths[1:], strict=False), strict=False)
+            zip(keys, itertools.pairwise(widths), strict=False)
         )
     }
 

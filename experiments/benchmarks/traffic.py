@@ -1,4 +1,4 @@
-"""The losses compiled for a TPU slice that is not there: memory, traffic, collectives."""
+"""The losses compiled for an absent TPU slice: memory, traffic, collectives."""
 
 from __future__ import annotations
 

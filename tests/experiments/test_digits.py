@@ -47,6 +47,8 @@ def start(out, cache, **changed):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         # Compiling takes most of the time, and is not what is tested.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+        "--xla_llvm_disable_expensive_passes=true",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
