@@ -8,19 +8,20 @@ import jax.numpy as jnp
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_python_blocks_run(capsys):
+def test_python_blocks_run():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) == 2
     scope = {"student_logits": jnp.zeros((2, 3)), "teacher_logits": jnp.eye(2, 3)}
     for block in blocks:
         exec(compile(block, str(README), "exec"), scope)
     assert scope["per_token"].shape == (2,)
-    assert "'loss'" in capsys.readouterr().out
+    assert int(scope["state"].step) == 100
+    assert scope["metrics"]["loss"].value() < 1
 
 
-def test_the_training_example_has_fifteen_lines():
+def test_the_training_example_fits_fifteen_lines():
     block = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
-    assert len([line for line in block.splitlines() if line.strip()]) == 15
+    assert len([line for line in block.splitlines() if line.strip()]) <= 15
 
 
 def test_table_names_every_loss():

@@ -196,7 +196,7 @@ def alpha_beta(
     Example:
       >>> a, b = jnp.array([0.0, 0.0]), jnp.log(jnp.array([0.8, 0.2]))
       >>> alpha_beta(a, b, alpha=1.0, beta=0.0).item()  # 0.8 log 1.6 + 0.2 log 0.4
-      0.1927449
+      0.192745
 
     Reference:
       Wang et al., ABKD: Pursuing a Proper Allocation of the Probability Mass in
@@ -218,6 +218,10 @@ def alpha_beta(
 
 def _renyi_core(student: Array, teacher: Array, inverse: Array, order: Array) -> Array:
     row_order = order[..., 0] if order.ndim else order
+    # A side without a class has no distribution; both as if uniform give 0.
+    top = jnp.minimum(student.max(-1, keepdims=True), teacher.max(-1, keepdims=True))
+    empty = jnp.isneginf(top)
+    student, teacher = (jnp.where(empty, 0, logits) for logits in (student, teacher))
     q, p = (jnp.maximum(logits, -1e30) * inverse for logits in (student, teacher))
     log_sum = (
         jax.nn.logsumexp(order * p + (1 - order) * q, axis=-1)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kdjax.io.logs import JsonLines, ProgressBar, TensorBoard
 
@@ -84,10 +85,7 @@ def test_json_lines_rewind_to_the_end_leaves_the_file_alone(tmp_path):
 
 
 def curves(folder):
-    accumulators = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
-    )
-    accumulator = accumulators.EventAccumulator(str(folder))
+    accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
     return {
         tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
