@@ -15,7 +15,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from experiments.benchmarks.inputs import LOSSES, draw
 from experiments.benchmarks.report import Figure, Sample
 
 ROOT = Path(__file__).parents[2]
+TORCH = "PyTorch, compiled"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +98,6 @@ def _machine() -> str:
     )
 
 
-Answer = tuple[Sample, tuple[float, float]]
-"""What PyTorch's process gives: times, and value and largest gradient."""
-
-
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
@@ -109,8 +106,7 @@ def of_losses(config: Config) -> Iterator[Figure]:
     """Time and temporary memory of each loss with its gradient by the student."""
     shape = f"[{config.tokens}, {config.vocabulary}] float32"
     section = f"Value and gradient by the student, {shape}"
-    inputs = draw(config.tokens, config.vocabulary)
-    arrays = jax.device_put(tuple(inputs))
+    arrays = jax.device_put(tuple(draw(config.tokens, config.vocabulary)))
     with contextlib.ExitStack() as stack:
         ask = stack.enter_context(_torch(config)) if config.torch else None
         for name in LOSSES:
@@ -121,27 +117,26 @@ def of_losses(config: Config) -> Iterator[Figure]:
                 for side, form in (("kdjax", forms.KDJAX), ("Optax", forms.OPTAX))
             }
             runs = {
-                side: report.stopwatch(functools.partial(_finished, program, arrays))
+                side: report.stopwatch(functools.partial(_run, program, arrays))
                 for side, program in programs.items()
             }
             if ask is not None:
-                _agree(name, programs["kdjax"](*arrays), ask(name)[1])
-                runs["PyTorch"] = functools.partial(_time_of, ask, name)
-            samples = report.interleaved(runs, config.repeats)
-            for other, target in {"Optax": 0.7, "PyTorch": 1.0}.items():
+                _agree(name, programs["kdjax"](*arrays), ask(name))
+                runs[TORCH] = functools.partial(_time_of, ask, name)
+            samples = report.interleaved(runs, config.repeats, pause=0.3)
+            for other, target in {"Optax": 0.7, TORCH: 1.0}.items():
                 if other in samples:
                     sides = samples["kdjax"], samples[other]
-                    against = "PyTorch, compiled" if other == "PyTorch" else other
-                    yield from report.compared(section, name, against, *sides, target)
+                    yield from report.compared(section, name, other, *sides, target)
             yield _memory(section, name, programs)
 
 
-def _finished(program: Callable[..., Any], arrays: tuple[Any, ...]) -> Any:
-    return jax.block_until_ready(program(*arrays))
+def _run(program: Any, arrays: Any) -> None:
+    jax.block_until_ready(program(*arrays))
 
 
 def _time_of(ask: Callable[[str], Answer], name: str) -> Sample:
-    return ask(name)[0]
+    return ask(name).sample
 
 
 def _memory(section: str, name: str, programs: dict[str, Any]) -> Figure:
@@ -153,17 +148,26 @@ def _memory(section: str, name: str, programs: dict[str, Any]) -> Figure:
     return Figure(section, name, "temporaries", *sides, ours / theirs, target=0.5)
 
 
-def _agree(name: str, ours: tuple[Any, Any], theirs: tuple[float, float]) -> None:
+class Answer(NamedTuple):
+    """One run of PyTorch's, and what came out."""
+
+    sample: Sample
+    value: float
+    largest: float
+
+
+def _agree(name: str, ours: tuple[Any, Any], theirs: Answer) -> None:
     """Both sides compute the same thing, or their times say nothing."""
     value, gradient = ours
     mine = float(value), float(jnp.abs(gradient).max())
-    np.testing.assert_allclose(mine, theirs, rtol=1e-4, err_msg=f"{name} in torch")
+    expected = theirs.value, theirs.largest
+    np.testing.assert_allclose(mine, expected, rtol=1e-4, err_msg=f"{name} in torch")
 
 
 @contextlib.contextmanager
 def _torch(config: Config) -> Iterator[Callable[[str], Answer]]:
-    """A process of PyTorch that runs a loss when asked: its time, and what came out."""
-    python = str(config.torch.expanduser())  # type: ignore[union-attr]
+    """A process of PyTorch that runs a loss when it is asked to."""
+    python = str(Path(str(config.torch)).expanduser())
     options = {
         "--tokens": config.tokens,
         "--vocabulary": config.vocabulary,
@@ -171,29 +175,29 @@ def _torch(config: Config) -> Iterator[Callable[[str], Answer]]:
     }
     command = [python, "-m", "experiments.benchmarks.torch_losses"]
     command += [str(word) for pair in options.items() for word in pair]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        to_torch, from_torch = process.stdin, process.stdout
-
-        def answer() -> list[str]:
-            line = from_torch.readline().split()
-            if not line:
-                raise RuntimeError(f"torch: {python} gave up; its message is above.")
-            return line
+        say, hear = process.stdin, process.stdout
 
         def ask(name: str) -> Answer:
-            to_torch.write(f"{name}\n")
-            to_torch.flush()
-            wall, cpu, value, largest = map(float, answer())
-            return Sample(wall, cpu), (value, largest)
+            with contextlib.suppress(BrokenPipeError):
+                say.write(f"{name}\n")
+                say.flush()
+            answer = hear.readline().split()
+            if not answer:
+                raise RuntimeError(f"torch: {python} gave up; its message is above.")
+            wall, cpu, value, largest = map(float, answer)
+            return Answer(Sample(wall, cpu), value, largest)
 
-        answer()  # its version: it is ready
         try:
             yield ask
         finally:
-            to_torch.close()
+            with contextlib.suppress(BrokenPipeError):
+                say.close()
 
 
 if __name__ == "__main__":

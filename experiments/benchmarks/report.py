@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -65,15 +66,18 @@ def stopwatch(run: Callable[[], Any]) -> Callable[[], Sample]:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], Sample]], repeats: int
+    runs: Mapping[str, Callable[[], Sample]], repeats: int, pause: float = 0.0
 ) -> dict[str, list[Sample]]:
     """Runs all in turn, again and again, so that noise of the machine hits all alike.
 
-    One round before the first is not counted.
+    One round before the first is not counted. Before each run the memory of the one
+    before goes back to the system, which takes a while of its own.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in runs}
     for round_ in range(repeats + 1):
         for name, run in runs.items():
+            gc.collect()
+            time.sleep(pause)
             sample = run()
             if round_:
                 samples[name].append(sample)
@@ -86,7 +90,7 @@ def compared(
     against: str,
     ours: list[Sample],
     theirs: list[Sample],
-    target: float,
+    target: float | None,
 ) -> list[Figure]:
     """Two figures: time on the clock, with its target, and time of the cores.
 

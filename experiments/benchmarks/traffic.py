@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from experiments.benchmarks import forms
+from experiments.benchmarks.inputs import LOSSES
 from experiments.benchmarks.report import Figure
 
 SLICE = "v5e:4x4"
@@ -45,14 +46,16 @@ def available() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def figures(tokens: int, vocabulary: int) -> Iterator[Figure]:
+def figures(
+    tokens: int, vocabulary: int, losses: Sequence[str] = LOSSES
+) -> Iterator[Figure]:
     """Every loss in every layout, in float32, beside the Optax form."""
     devices = topologies.get_topology_desc(SLICE, platform="tpu").devices
     mesh = Mesh(np.array(devices).reshape(4, 4), AXES, axis_types=(AxisType.Auto,) * 2)
     logits_bytes = tokens * vocabulary * 4 / mesh.size
     for layout, spec in LAYOUTS.items():
         section = f"[{tokens}, {vocabulary}] on {SLICE}, {layout}, per chip"
-        for name in forms.KDJAX:
+        for name in losses:
             ours, theirs = (
                 compiled(form[name], mesh, spec, (tokens, vocabulary))
                 for form in (forms.KDJAX, forms.OPTAX)

@@ -8,7 +8,8 @@ that are sharded over a mesh stay where they are.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kdjax.losses import _checks
-from kdjax.losses._kl import forward_kl, soft_cross_entropy
+from kdjax.losses._kl import FORWARD, forward_rule, soft_cross_entropy
+from kdjax.losses._pairs import STUDENT, Sums, first_pass, second_pass
+from kdjax.losses._rows import Rule, as_columns, by_rows, wide_dtype
 
 
 def widened(logits: Array) -> Array:
@@ -26,14 +29,20 @@ def widened(logits: Array) -> Array:
 
 
 def at_label(labels: Array, logits: Array) -> Array:
-    """True in the slot of each label, ``[..., V]``."""
+    """True in the slot of each label ``[..., 1]``, ``[..., V]``."""
     slots = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    return labels[..., None] == slots
+    return labels == slots
 
 
 def weighted(weight: Array, loss: Array) -> Array:
     """``weight * loss``, where a weight of 0 also silences an infinite loss."""
     return jnp.where(weight == 0, 0.0, weight * loss)
+
+
+def _validity(labels: Array, logits: Array) -> Array:
+    """1 for a class, 0 for a negative label, NaN beyond the classes."""
+    known = jnp.where(labels < logits.shape[-1], 1.0, jnp.nan)
+    return jnp.where(labels < 0, 0.0, known).astype(logits.dtype)
 
 
 def scored(loss: Callable[..., Array], labels: Array, *logits: Array) -> Array:
@@ -45,43 +54,48 @@ def scored(loss: Callable[..., Array], labels: Array, *logits: Array) -> Array:
     unscored = labels < 0
     kept = (jnp.where(unscored[..., None], 0.0, each) for each in logits)
     values = jnp.where(unscored, 0.0, loss(*kept))
-    return values * jnp.where(labels < logits[0].shape[-1], 1.0, jnp.nan)
+    return values * _validity(labels, logits[0])
 
 
-def _powers(logits: Array, labels: Array) -> tuple[Array, Array, Array, Array]:
+class _Hard(NamedTuple):
+    value: Array
+    top: Array  # the largest logit
+    label: Array  # the label's logit below it
+    others: Array  # sum of the powers of all others
+
+
+def _where_scored(labels: Array, *arrays: Array) -> list[Array]:
+    return [jnp.where(labels < 0, 0.0, each) for each in arrays]
+
+
+def _hard_sums(tops: Sequence[Array], logits: Array, labels: Array) -> _Hard:
+    logits, top = _where_scored(labels, logits, tops[0])
     is_label = at_label(labels, logits)
-    top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
-    shifted = logits - jnp.where(jnp.isneginf(top), 0.0, top)
-    powers = jnp.exp(shifted)
-    others = jnp.sum(jnp.where(is_label, 0.0, powers), -1)
-    label = jnp.sum(jnp.where(is_label, shifted, 0.0), -1)
-    return is_label, powers, others, label
-
-
-@jax.custom_jvp
-def negative_log_likelihood(logits: Array, labels: Array) -> Array:
-    """-log softmax(logits)[label]: 0 where nothing but the label is possible.
-
-    The other classes are summed apart from the label's: the loss of a confident,
-    right row is then tiny, and not the difference of two equal numbers.
-    """
-    _, _, others, label = _powers(logits, labels)
+    below = logits - top
+    # The other classes are summed apart from the label's: the loss of a confident,
+    # right row is then tiny, and not the difference of two equal numbers.
+    others = jnp.where(is_label, 0.0, jnp.exp(below)).sum(-1, keepdims=True)
+    label = jnp.where(is_label, below, 0.0).sum(-1, keepdims=True)
     possible = others > 0
     odds = jnp.log(jnp.where(possible, others, 1.0)) - label
-    return jnp.where(possible, jax.nn.softplus(odds), 0.0)
+    loss = jnp.where(possible, jax.nn.softplus(odds), 0.0)
+    return _Hard(weighted(_validity(labels, logits), loss), top, label, others)
 
 
-@negative_log_likelihood.defjvp
-def _negative_log_likelihood_jvp(primals, tangents):  # type: ignore[no-untyped-def]
-    # Written out, so that the backward pass is one elementwise product that needs
-    # nothing of the size of the logits but this slope.
-    logits, labels = primals
-    is_label, powers, others, label = _powers(logits, labels)
-    total = others + jnp.exp(label)
-    slope = jnp.where(is_label, -others[..., None], powers)
-    slope = slope / jnp.where(total > 0, total, 1.0)[..., None]
-    tangent = jnp.sum(slope * tangents[0], -1)
-    return negative_log_likelihood(logits, labels), tangent
+def _hard_partial(index: int, sums: _Hard, logits: Array, labels: Array) -> Array:
+    (logits,) = _where_scored(labels, logits)
+    total = sums.others + jnp.exp(sums.label)
+    scale = _validity(labels, logits) / jnp.where(total > 0, total, 1.0)
+    powers = jnp.exp(logits - sums.top)
+    return scale * jnp.where(at_label(labels, logits), -sums.others, powers)
+
+
+_hard = by_rows(Rule(_hard_sums, _hard_partial, _hard_sums))
+
+
+def negative_log_likelihood(logits: Array, labels: Array) -> Array:
+    """-log softmax(logits)[label], ``[...]``; 0 for a negative label, NaN beyond."""
+    return _hard(logits, labels[..., None])
 
 
 @functools.partial(jax.jit, inline=True)
@@ -92,18 +106,21 @@ def _cross_entropy(
     if where is not None:
         logits = jnp.where(where, logits, -jnp.inf)
 
-    def loss(logits: Array) -> Array:
-        hard = negative_log_likelihood(logits, labels)
-        if smoothing is None:
-            return hard
+    hard = negative_log_likelihood(logits, labels)
+    if smoothing is None:
+        return hard
+
+    def uniform(logits: Array) -> Array:
         exists = ~jnp.isneginf(logits)
         finite = jnp.where(exists, logits, 0.0)
-        picked = jnp.sum(jnp.where(at_label(labels, logits), finite, 0.0), -1)
+        picked = jnp.sum(
+            jnp.where(at_label(labels[..., None], logits), finite, 0.0), -1
+        )
         gaps = jnp.where(exists, picked[..., None] - finite, 0.0)
         count = jnp.maximum(jnp.sum(exists, -1), 1)
-        return hard + smoothing * jnp.sum(gaps, -1) / count
+        return smoothing * jnp.sum(gaps, -1) / count
 
-    return scored(loss, labels, logits)
+    return hard + scored(uniform, labels, logits)
 
 
 def cross_entropy(
@@ -157,6 +174,62 @@ def cross_entropy(
     return _cross_entropy(logits, labels, None if off else label_smoothing, where)
 
 
+class _Distillation(NamedTuple):
+    value: Array
+    hard: _Hard
+    soft: Sums
+
+
+HARD_WEIGHT, SOFT_WEIGHT = 4, 5
+
+
+def _distillation_sums(
+    tops: Sequence[Array],
+    student: Array,
+    teacher: Array,
+    inverse: Array,
+    labels: Array,
+    *weights: Array,
+) -> _Distillation:
+    hard = _hard_sums(tops, student, labels)
+    shifts = _where_scored(labels, *tops)
+    inputs = *_where_scored(labels, student, teacher), inverse
+    soft = first_pass((shifts[0], shifts[1]), *inputs)
+    # Together: both need one and the same pass over the classes.
+    hard, soft = jax.lax.optimization_barrier((hard, soft))
+    soft = second_pass(FORWARD, soft, *inputs)
+    hard_weight, soft_weight = (_validity(labels, student) * each for each in weights)
+    value = weighted(hard_weight, hard.value) + weighted(soft_weight, soft.value)
+    return _Distillation(value, hard, soft)
+
+
+def _distillation_partial(
+    index: int,
+    sums: _Distillation,
+    student: Array,
+    teacher: Array,
+    inverse: Array,
+    labels: Array,
+    *weights: Array,
+) -> Array:
+    validity = _validity(labels, student)
+    if index >= HARD_WEIGHT:
+        value = sums.hard.value if index == HARD_WEIGHT else sums.soft.value
+        return validity * value
+    hard_weight, soft_weight = (validity * each for each in weights)
+    logits = _where_scored(labels, student, teacher)
+    partial = soft_weight * forward_rule.partial(index, sums.soft, *logits, inverse)
+    if index == STUDENT:
+        partial += hard_weight * _hard_partial(index, sums.hard, student, labels)
+    return partial
+
+
+# Hard and soft labels together, so that both come from one look at the logits.
+_distillation = by_rows(
+    Rule(_distillation_sums, _distillation_partial, _distillation_sums)
+)
+
+
 @functools.partial(jax.jit, inline=True)
 def _knowledge_distillation(
     student_logits: Array,
@@ -165,12 +238,10 @@ def _knowledge_distillation(
     temperature: Array,
     alpha: Array,
 ) -> Array:
-    def loss(student: Array, teacher: Array) -> Array:
-        hard = negative_log_likelihood(student, labels)
-        soft = forward_kl(student, teacher, temperature=temperature)
-        return weighted(alpha, hard) + weighted(1.0 - alpha, soft)
-
-    return scored(loss, labels, widened(student_logits), widened(teacher_logits))
+    logits = student_logits, teacher_logits
+    softening, share = as_columns(wide_dtype(*logits), temperature, alpha)
+    weights = share, (1.0 - share) * softening**2
+    return _distillation(*logits, 1 / softening, labels[..., None], *weights)
 
 
 def knowledge_distillation(

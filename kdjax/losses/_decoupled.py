@@ -143,7 +143,7 @@ def _decoupled_kd(
     temperature: Array,
 ) -> Array:
     def loss(student: Array, teacher: Array) -> Array:
-        is_label = at_label(labels, student)
+        is_label = at_label(labels[..., None], student)
         softening = jnp.asarray(temperature, student.dtype)
         target = softening**2 * _target_kl(student, teacher, is_label, softening)
         others = forward_kl(student, teacher, temperature=softening, where=~is_label)
@@ -224,7 +224,7 @@ def _normalized_kd(
             student,
             teacher,
             temperature=temperature,
-            where=~at_label(labels, student),
+            where=~at_label(labels[..., None], student),
         )
         return target + weighted(gamma, others)
 

@@ -12,22 +12,22 @@ from kdjax.losses import _checks
 from kdjax.losses._pairs import (
     Formula,
     centred,
-    differentiable,
     entropy_core,
     excess,
-    gap,
-    largest,
+    rule,
     softened,
 )
+from kdjax.losses._rows import by_rows, largest
 
-forward_core = differentiable(
-    Formula(
-        terms=lambda pair: (excess(*pair),),
-        value=lambda sums: sums[0],
-        student=lambda pair, sums: gap(*pair),
-        teacher=lambda pair, sums: centred(pair.x, pair.p, sums[0]),
-    )
+FORWARD = Formula(
+    terms=lambda pair: (excess(pair.p, pair.q, pair.x),),
+    value=lambda totals: totals[0],
+    student=lambda pair, totals: pair.gap,
+    teacher=lambda pair, totals: centred(pair.x, pair.p, totals[0]),
+    scores=lambda x: (x,),
 )
+forward_rule = rule(FORWARD)
+forward_core = by_rows(forward_rule)
 
 
 def reverse_core(student: Array, teacher: Array, inverse: Array) -> Array:
@@ -246,6 +246,7 @@ def _weighted(weight: Array, value: Array) -> Array:
 
 
 def _probabilities(logits: Array, inverse: Array) -> Array:
+    logits = logits.astype(inverse.dtype)
     powers = jnp.exp((logits - largest(logits)) * inverse)
     total = powers.sum(-1, keepdims=True)
     return powers / jnp.where(total > 0, total, 1)
@@ -301,6 +302,7 @@ def interpolated_teacher_kl(
 def _interpolated_core(
     student: Array, teacher: Array, inverse: Array, progress: Array
 ) -> Array:
+    student, teacher = (each.astype(inverse.dtype) for each in (student, teacher))
     # -inf times a weight of 0 is NaN; this is as good as -inf and stays a number.
     own = jax.lax.stop_gradient(jnp.maximum(student, -1e30))
     target = own + progress * (jnp.maximum(teacher, -1e30) - own)

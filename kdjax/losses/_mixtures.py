@@ -11,17 +11,17 @@ from kdjax.losses import _checks
 from kdjax.losses._pairs import (
     Formula,
     Pair,
-    Sums,
+    Totals,
     centred,
-    differentiable,
     excess,
+    rule,
     softened,
 )
+from kdjax.losses._rows import by_rows
 
 
-def _log_to_mixture(pair: Pair, share: Array) -> tuple[Array, Array, Array]:
-    """The mixture m = share p + (1 - share) q, with log(p/m) and log(q/m)."""
-    p, q, x = pair
+def _logs_to_mixture(x: Array, share: Array) -> tuple[Array, Array]:
+    """log(p/m) and log(q/m) with the mixture m = share p + (1 - share) q."""
     above = x >= 0
     # Each side of the select only sees the sign for which exp cannot overflow.
     up, down = jnp.where(above, x, 0), jnp.where(above, 0, x)
@@ -29,7 +29,11 @@ def _log_to_mixture(pair: Pair, share: Array) -> tuple[Array, Array, Array]:
     from_q = -_log_mixed(share, 1 - share, down)
     log_p = jnp.where(above, from_p, from_q + down)
     log_q = jnp.where(above, from_p - up, from_q)
-    return share * p + (1 - share) * q, log_p, log_q
+    return log_p, log_q
+
+
+def _mixture(pair: Pair, share: Array) -> Array:
+    return share * pair.p + (1 - share) * pair.q
 
 
 def _log_mixed(weight: Array, rest: Array, x: Array) -> Array:
@@ -41,26 +45,34 @@ def _log_mixed(weight: Array, rest: Array, x: Array) -> Array:
     return jnp.where(near, inner, jnp.log(weight * jnp.exp(x) + rest))
 
 
-def _js_terms(pair: Pair, beta: Array) -> Sums:
-    mixture, log_p, log_q = _log_to_mixture(pair, beta)
+def _js_terms(pair: Pair, beta: Array) -> Totals:
+    log_p, log_q = _logs_to_mixture(pair.x, beta)
+    mixture = _mixture(pair, beta)
     return (
         beta * excess(pair.p, mixture, log_p),
         (1 - beta) * excess(pair.q, mixture, log_q),
     )
 
 
-def _js_student(pair: Pair, sums: Sums, beta: Array) -> Array:
-    _, _, log_q = _log_to_mixture(pair, beta)
-    return centred((1 - beta) * log_q, pair.q, sums[1])
+def _js_scores(x: Array, beta: Array) -> tuple[Array, Array]:
+    log_p, log_q = _logs_to_mixture(x, beta)
+    return beta * log_p, (1 - beta) * log_q
 
 
-def _js_teacher(pair: Pair, sums: Sums, beta: Array) -> Array:
-    _, log_p, _ = _log_to_mixture(pair, beta)
-    return centred(beta * log_p, pair.p, sums[0])
-
-
-_js_core = differentiable(
-    Formula(_js_terms, lambda sums: sums[0] + sums[1], _js_student, _js_teacher)
+_js_core = by_rows(
+    rule(
+        Formula(
+            terms=_js_terms,
+            value=lambda totals: totals[0] + totals[1],
+            student=lambda pair, totals, beta: centred(
+                _js_scores(pair.x, beta)[1], pair.q, totals[1]
+            ),
+            teacher=lambda pair, totals, beta: centred(
+                _js_scores(pair.x, beta)[0], pair.p, totals[0]
+            ),
+            scores=_js_scores,
+        )
+    )
 )
 
 
@@ -119,7 +131,7 @@ def _skew_scores(pair: Pair, skew: Array) -> tuple[Array, Array]:
     The first is 0 where p = q. The second is 0 where q vanishes beside p; in a row that
     is mostly like that the first would be a difference of two nearly equal numbers.
     """
-    _, log_p, _ = _log_to_mixture(pair, skew)
+    log_p, _ = _logs_to_mixture(pair.x, skew)
     near = log_p - skew * jnp.expm1(log_p)
     # exp is cut where it would overflow; odds are beyond counting there.
     odds = (1 - skew) / jnp.where(skew > 0, skew, 1)
@@ -127,31 +139,36 @@ def _skew_scores(pair: Pair, skew: Array) -> tuple[Array, Array]:
     return near, odds / (1 + odds) - jnp.log1p(odds)
 
 
-def _skew_terms(pair: Pair, skew: Array) -> Sums:
-    mixture, log_p, _ = _log_to_mixture(pair, skew)
+def _skew_terms(pair: Pair, skew: Array) -> Totals:
+    log_p, _ = _logs_to_mixture(pair.x, skew)
     # log(p/m) is -inf where p is 0; such a class has no weight in the means over p.
     near, far = (
         jnp.where(pair.p > 0, pair.p * score, 0) for score in _skew_scores(pair, skew)
     )
-    return excess(pair.p, mixture, log_p), pair.q * jnp.expm1(log_p), near, far
-
-
-def _skew_student(pair: Pair, sums: Sums, skew: Array) -> Array:
-    _, log_p, _ = _log_to_mixture(pair, skew)
-    slope = (1 - skew) * pair.q * (sums[1] - jnp.expm1(log_p))
-    return jnp.where(pair.q > 0, slope, 0)
-
-
-def _skew_teacher(pair: Pair, sums: Sums, skew: Array) -> Array:
-    near, far = _skew_scores(pair, skew)
-    mostly_far = (jnp.abs(sums[3]) < jnp.abs(sums[2])) & (skew > 0)
-    return jnp.where(
-        mostly_far, centred(far, pair.p, sums[3]), centred(near, pair.p, sums[2])
+    return (
+        excess(pair.p, _mixture(pair, skew), log_p),
+        pair.q * jnp.expm1(log_p),
+        near,
+        far,
     )
 
 
-_skew_core = differentiable(
-    Formula(_skew_terms, lambda sums: sums[0], _skew_student, _skew_teacher)
+def _skew_student(pair: Pair, totals: Totals, skew: Array) -> Array:
+    log_p, _ = _logs_to_mixture(pair.x, skew)
+    slope = (1 - skew) * pair.q * (totals[1] - jnp.expm1(log_p))
+    return jnp.where(pair.q > 0, slope, 0)
+
+
+def _skew_teacher(pair: Pair, totals: Totals, skew: Array) -> Array:
+    near, far = _skew_scores(pair, skew)
+    mostly_far = (jnp.abs(totals[3]) < jnp.abs(totals[2])) & (skew > 0)
+    return jnp.where(
+        mostly_far, centred(far, pair.p, totals[3]), centred(near, pair.p, totals[2])
+    )
+
+
+_skew_core = by_rows(
+    rule(Formula(_skew_terms, lambda totals: totals[0], _skew_student, _skew_teacher))
 )
 
 

@@ -10,15 +10,17 @@ and its derivative into a value with safe gradients. The formulas themselves are
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
+
+from kdjax.losses._rows import Rule, as_columns, largest, wide_dtype
 
 
 class Pair(NamedTuple):
@@ -27,16 +29,7 @@ class Pair(NamedTuple):
     p: Array
     q: Array
     x: Array  # log p - log q
-
-
-class Rows(NamedTuple):
-    """What normalises a pair, each ``[..., 1]``."""
-
-    student_shift: Array  # the largest logit
-    teacher_shift: Array
-    student_scale: Array  # one over the sum of the powers below it
-    teacher_scale: Array
-    log_ratio: Array  # what is added to the shifted difference to make it x
+    gap: Array  # q - p, accurate also where they are nearly equal
 
 
 def excess(p: Array, q: Array, x: Array) -> Array:
@@ -51,7 +44,7 @@ def excess(p: Array, q: Array, x: Array) -> Array:
     return jnp.where(near, p * _second_order(inner), outer)
 
 
-def gap(p: Array, q: Array, x: Array) -> Array:
+def _gap(p: Array, q: Array, x: Array) -> Array:
     """``q - p`` to full relative accuracy for small ``x``."""
     near = jnp.abs(x) < 1
     inner = jnp.where(near, x, 0)
@@ -71,71 +64,17 @@ def _second_order(x: Array) -> Array:
     """``x + exp(-x) - 1`` for ``|x| <= 1`` by its series, which starts at x²/2."""
     # The first term left out is below a quarter of the rounding error.
     last = 19 if x.dtype == jnp.float64 else 11
-    total = jnp.zeros_like(x)
-    for k in range(last, 1, -1):
-        total = total * x + (-1) ** k / math.factorial(k)
-    return x * x * total
+    terms: list[Any] = [(-1) ** k / math.factorial(k) for k in range(2, last + 1)]
+    # By pairs, not one after another: a core then has several to work on at a time.
+    power = x
+    while len(terms) > 1:
+        pairs = itertools.zip_longest(terms[::2], terms[1::2], fillvalue=0.0)
+        terms = [even + odd * power for even, odd in pairs]
+        power = power * power
+    return x * x * terms[0]
 
 
-def _pair(
-    student: Array, teacher: Array, inverse: Array, rows: Rows, copy: int = 0
-) -> Pair:
-    """Recomputes p, q and x from the logits.
-
-    Powers of two go in and out without changing a bit. Giving each pass over the
-    classes a ``copy`` of its own keeps XLA from holding p and q, two arrays of the
-    size of the logits, from one pass to the next: it does not see that they are equal.
-    """
-    twos = 2.0**copy
-    below_p = teacher * twos - rows.teacher_shift * twos
-    below_q = student * twos - rows.student_shift * twos
-    p = jnp.exp(below_p * (inverse / twos)) * rows.teacher_scale
-    q = jnp.exp(below_q * (inverse / twos)) * rows.student_scale
-    # Logits that are close are subtracted first, which is exact; far apart, from an
-    # offset between the models or at ±1e4, they are closer below their maxima.
-    direct = teacher - student
-    shift = rows.teacher_shift - rows.student_shift
-    below = (below_p - below_q) / twos
-    is_close = jnp.abs(direct) * twos <= jnp.abs(below_p)
-    difference = jnp.where(is_close, direct - shift, below)
-    # A slot that is -inf in both is out; inf - inf must not stay.
-    out = jnp.isneginf(student) & jnp.isneginf(teacher)
-    x = jnp.where(out, 0, difference) * inverse + rows.log_ratio
-    return Pair(p, q, x)
-
-
-def largest(logits: Array) -> Array:
-    """The largest logit of each row, ``[..., 1]``; 0 where none is left."""
-    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    return jnp.where(jnp.isneginf(top), 0, top)
-
-
-def _rows(student: Array, teacher: Array, inverse: Array) -> Rows:
-    student_shift, teacher_shift = largest(student), largest(teacher)
-    one, zero = jnp.ones_like(student_shift), jnp.zeros_like(student_shift)
-    shifted = Rows(student_shift, teacher_shift, one, one, zero)
-    pair = _pair(student, teacher, inverse, shifted)
-    student_sum = pair.q.sum(-1, keepdims=True)
-    teacher_sum = pair.p.sum(-1, keepdims=True)
-    # A row without a single class left has no distribution; all its terms are 0.
-    student_sum = jnp.where(student_sum > 0, student_sum, 1)
-    teacher_sum = jnp.where(teacher_sum > 0, teacher_sum, 1)
-    # log(student_sum / teacher_sum) would carry the rounding of two logarithms into
-    # every x. Near equality the sum of the accurate gaps gives it relative accuracy.
-    change = gap(*pair).sum(-1, keepdims=True) / teacher_sum
-    near = jnp.abs(change) < 0.5
-    log_ratio = jnp.where(
-        near,
-        jnp.log1p(jnp.where(near, change, 0)),
-        jnp.log(student_sum) - jnp.log(teacher_sum),
-    )
-    return Rows(
-        student_shift, teacher_shift, 1 / student_sum, 1 / teacher_sum, log_ratio
-    )
-
-
-Sums = tuple[Array, ...]
-Hyper = tuple[Array, ...]
+Totals = tuple[Array, ...]
 
 
 class Formula(NamedTuple):
@@ -143,77 +82,199 @@ class Formula(NamedTuple):
 
     Attributes:
       terms: ``(pair, *hyper)`` to arrays ``[..., V]`` that are summed over classes.
-      value: their sums, each ``[...]``, to the divergence.
-      student: ``(pair, sums, *hyper)`` to the derivative by the student's logits,
-        ``[..., V]``; the sums come as ``[..., 1]``.
+      value: their sums, each ``[..., 1]``, to the divergence.
+      student: ``(pair, totals, *hyper)`` to the derivative by the student's logits,
+        ``[..., V]``. The totals are the sums of the terms.
       teacher: the same by the teacher's.
+      scores: where the totals are the means of something under p and then q,
+        ``(x, *hyper)`` to these; on a TPU the totals are then found a pass earlier.
     """
 
-    terms: Callable[..., Sums]
-    value: Callable[[Sums], Array]
+    terms: Callable[..., Totals]
+    value: Callable[[Totals], Array]
     student: Callable[..., Array]
     teacher: Callable[..., Array]
+    scores: Callable[..., Totals] | None = None
 
 
-def differentiable(formula: Formula) -> Callable[..., Array]:
-    """Makes ``(student, teacher, inverse, *hyper) -> [...]``.
+def _unscaled(
+    shifts: Sequence[Array], student: Array, teacher: Array, inverse: Array
+) -> tuple[Array, Array, Array]:
+    """Powers of teacher and student relative to the shifts, and their log ratio."""
+    student_shift, teacher_shift = shifts
+    below_p, below_q = teacher - teacher_shift, student - student_shift
+    # Logits that are close are subtracted first, which is exact; far apart, from an
+    # offset between the models or at ±1e4, they are closer after their shifts.
+    direct = teacher - student
+    is_close = jnp.abs(direct) <= jnp.abs(below_p)
+    x = jnp.where(is_close, direct - (teacher_shift - student_shift), below_p - below_q)
+    # A slot that is -inf in both is out. A NaN of the logits stays in the powers.
+    x = jnp.where(jnp.isnan(x), 0, x)
+    return jnp.exp(below_p * inverse), jnp.exp(below_q * inverse), x * inverse
+
+
+Tops = tuple[Array, Array]
+"""One number per row for student and teacher, ``[..., 1]``."""
+
+
+class Sums(NamedTuple):
+    """What is known of rows, each ``[..., 1]``; powers as by :func:`_unscaled`."""
+
+    value: Array  # of the divergence
+    shifts: Tops
+    student_scale: Array  # one over the sum of the powers
+    teacher_scale: Array
+    log_ratio: Array  # what is added to the log ratio of the powers to make it x
+    gap: Array  # sum of the powers' differences
+    totals: Totals  # of the formula
+
+
+def _pair(sums: Sums, student: Array, teacher: Array, inverse: Array) -> Pair:
+    p, q, x = _unscaled(sums.shifts, student, teacher, inverse)
+    gap = _gap(p, q, x)
+    p *= sums.teacher_scale
+    gap = (gap - p * sums.gap) * sums.student_scale
+    return Pair(p, q * sums.student_scale, x + sums.log_ratio, gap)
+
+
+def _sum(terms: Array) -> Array:
+    return terms.sum(-1, keepdims=True)
+
+
+def first_pass(shifts: Tops, student: Array, teacher: Array, inverse: Array) -> Sums:
+    """What all formulas need to know before they can look at a class.
+
+    The shifts keep the powers from overflowing: the largest logits, or about the
+    logarithm of the sum of their powers.
+    """
+    p, q, x = _unscaled(shifts, student, teacher, inverse)
+    student_sum, teacher_sum, gap = _sum(q), _sum(p), _sum(_gap(p, q, x))
+    # A row without a single class left has no distribution; all its terms are 0.
+    student_sum = jnp.where(student_sum > 0, student_sum, 1)
+    teacher_sum = jnp.where(teacher_sum > 0, teacher_sum, 1)
+    # log(student_sum / teacher_sum) would carry the rounding of two logarithms into
+    # every x. Near equality the sum of the accurate gaps gives it relative accuracy.
+    change = gap / teacher_sum
+    near = jnp.abs(change) < 0.5
+    log_ratio = jnp.where(
+        near,
+        jnp.log1p(jnp.where(near, change, 0)),
+        jnp.log(student_sum) - jnp.log(teacher_sum),
+    )
+    zero = jnp.zeros_like(gap)
+    return Sums(
+        zero, shifts, 1 / student_sum, 1 / teacher_sum, log_ratio, gap, totals=()
+    )
+
+
+def second_pass(
+    formula: Formula,
+    sums: Sums,
+    student: Array,
+    teacher: Array,
+    inverse: Array,
+    *hyper: Array,
+) -> Sums:
+    """Adds the value of the divergence to the sums of the first pass."""
+    # Else XLA puts sums of the first pass off to this one, and this one off to a third.
+    # Not the shifts: it would keep the powers for the derivative.
+    sums = jax.lax.optimization_barrier(sums)._replace(shifts=sums.shifts)
+    pair = _pair(sums, student, teacher, inverse)
+    totals = tuple(_sum(term) for term in formula.terms(pair, *hyper))
+    return sums._replace(value=formula.value(totals), totals=sums.totals or totals)
+
+
+def _with_means(
+    scores: Callable[..., Totals],
+    sums: Sums,
+    student: Array,
+    teacher: Array,
+    inverse: Array,
+    *hyper: Array,
+) -> Sums:
+    """Adds the totals to a first pass, so that derivatives need not wait for a second.
+
+    The scores' argument still lacks the ``log_ratio``, which makes a difference of the
+    first order: it has to be small, or the scores linear.
+    """
+    p, q, x = _unscaled(sums.shifts, student, teacher, inverse)
+    at_x, slopes = jax.jvp(lambda x: scores(x, *hyper), (x,), (jnp.ones_like(x),))
+
+    def mean(power: Array, scale: Array, score: Array, slope: Array) -> Array:
+        at_shift = _sum(jnp.where(power > 0, power * score, 0))
+        return (at_shift + sums.log_ratio * _sum(power * slope)) * scale
+
+    scales = sums.teacher_scale, sums.student_scale
+    return sums._replace(totals=tuple(map(mean, (p, q), scales, at_x, slopes)))
+
+
+def _near_log_sum(logits: Array, inverse: Array) -> Array:
+    """About the logarithm of the sum of the powers, in one pass and in logits' units.
+
+    Only TPUs have collectives for such a sum where the classes are sharded.
+    """
+    # A finite start: the difference of two that are -inf would be NaN.
+    start = jnp.finfo(logits.dtype).min / 2
+    scaled = logits * inverse
+
+    def log_add(a: Array, b: Array) -> Array:
+        return jnp.maximum(a, b) + jnp.log1p(jnp.exp(-jnp.abs(a - b)))
+
+    log_sum = jax.lax.reduce(scaled, start, log_add, (scaled.ndim - 1,))
+    log_sum = jnp.where(log_sum <= start, 0, log_sum)
+    return jax.lax.stop_gradient(log_sum[..., None] / inverse)
+
+
+STUDENT, TEACHER, INVERSE = range(3)
+
+
+def rule(formula: Formula) -> Rule:
+    """Makes a rule over ``(student, teacher, inverse, *hyper)``.
 
     ``inverse`` is one over the temperature, a scalar or ``[..., 1]``. It multiplies
     differences of logits, never the logits: those would be rounded first.
 
-    The written-out derivative serves reverse mode, forward mode and derivatives of
-    itself. It is one elementwise pass over the classes, so it is as safe under a
-    sharded batch or vocabulary as the sums are, and finite where differentiating
-    through the logarithms would divide 0 by 0.
+    Derivatives are written out also because differentiating through the logarithms
+    would divide 0 by 0.
     """
 
-    def sums(pair: Pair, *hyper: Array) -> Sums:
-        return tuple(term.sum(-1) for term in formula.terms(pair, *hyper))
+    def sums(tops: Tops, *inputs: Array) -> Sums:
+        return second_pass(formula, first_pass(tops, *inputs[:3]), *inputs)
 
-    @jax.custom_jvp
-    def core(student, teacher, inverse, *hyper):
-        rows = _rows(student, teacher, inverse)
-        return formula.value(sums(_pair(student, teacher, inverse, rows, 1), *hyper))
-
-    def derivative(primals: Any, tangents: Any) -> tuple[Array, Array]:
-        student, teacher, inverse, *hyper = primals
-        rows = _rows(student, teacher, inverse)
-        first = _pair(student, teacher, inverse, rows, 1)
-        totals = sums(first, *hyper)
-        second = _pair(student, teacher, inverse, rows, 2)
-        columns = tuple(total[..., None] for total in totals)
-        value = formula.value(totals)
-        tangent = jnp.zeros_like(value)
-        student_dot, teacher_dot, inverse_dot, *hyper_dot = tangents
-        sides = (
-            (student, student_dot, formula.student),
-            (
-                teacher,
-                teacher_dot,
-                formula.teacher,
-            ),
+    def sums_on_tpu(tops: Tops, *inputs: Array) -> Sums:
+        if formula.scores is None:
+            return sums(tops, *inputs)
+        student, teacher, inverse = inputs[:3]
+        shifts = _near_log_sum(student, inverse), _near_log_sum(teacher, inverse)
+        found = first_pass(shifts, student, teacher, inverse)
+        return second_pass(
+            formula, _with_means(formula.scores, found, *inputs), *inputs
         )
-        for logits, dot, slope in sides:
-            if not isinstance(dot, SymbolicZero):
-                by_logits = slope(second, columns, *hyper) * inverse
-                tangent += (by_logits * dot).sum(-1)
-            if not isinstance(inverse_dot, SymbolicZero):
-                # A slot of -inf stays so at every temperature; 0 * -inf would be NaN.
-                finite = jnp.where(jnp.isneginf(logits), 0, logits)
-                by_scaled = slope(second, columns, *hyper)
-                tangent += (by_scaled * finite * inverse_dot).sum(-1)
-        for index, dot in enumerate(hyper_dot):
-            if not isinstance(dot, SymbolicZero):
 
-                def of_number(number, index=index):
-                    changed = (*hyper[:index], number, *hyper[index + 1 :])
-                    return formula.value(sums(first, *changed))
+    def slope(side: int, pair: Pair, sums: Sums, *hyper: Array) -> Array:
+        by_side = formula.student if side == STUDENT else formula.teacher
+        return by_side(pair, sums.totals, *hyper)
 
-                tangent += jax.jvp(of_number, (hyper[index],), (dot,))[1]
-        return value, tangent
+    def partial(index: int, sums: Sums, *inputs: Array) -> Array:
+        pair, hyper = _pair(sums, *inputs[:3]), inputs[3:]
+        if index < INVERSE:
+            return slope(index, pair, sums, *hyper) * inputs[INVERSE]
+        if index == INVERSE:
+            # A slot of -inf stays so at every temperature; 0 * -inf would be NaN.
+            logits = (jnp.where(jnp.isneginf(each), 0, each) for each in inputs)
+            by_scaled = (slope(side, pair, sums, *hyper) for side in range(INVERSE))
+            first, second = map(jnp.multiply, by_scaled, logits)
+            return _sum(first + second)
 
-    core.defjvp(derivative, symbolic_zeros=True)
-    return core
+        def of_number(number: Array) -> Array:
+            changed = (*hyper[: index - 3], number, *hyper[index - 2 :])
+            terms = formula.terms(pair, *changed)
+            return formula.value(tuple(map(_sum, terms)))
+
+        one = (jnp.ones_like(hyper[index - 3]),)
+        return jax.jvp(of_number, (hyper[index - 3],), one)[1]
+
+    return Rule(sums, partial, sums_on_tpu)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -228,7 +289,8 @@ def softened(
     """Applies a core to both sides' logits at a temperature, times temperature².
 
     Args:
-      core: from :func:`differentiable`, or any function of its signature.
+      core: ``(student, teacher, inverse, *hyper) -> [...]``; the logits come as they
+        are, the numbers in the dtype to compute in.
       student_logits: ``[..., V]``.
       teacher_logits: ``[..., V]``.
       temperature: scalar, or one per position ``[...]``.
@@ -238,27 +300,19 @@ def softened(
     Returns:
       ``[...]``, float32 or wider.
     """
-    dtype = jnp.promote_types(
-        jnp.promote_types(
-            jnp.result_type(student_logits), jnp.result_type(teacher_logits)
-        ),
-        jnp.float32,
-    )
-    temperature = jnp.asarray(temperature, dtype)
-    cast = [jnp.asarray(number, dtype) for number in hyper]
-    numbers = [number[..., None] if number.ndim else number for number in cast]
-    inverse = 1 / (temperature[..., None] if temperature.ndim else temperature)
-    student, teacher = (
-        jnp.asarray(logits).astype(dtype) for logits in (student_logits, teacher_logits)
-    )
+    student, teacher = jnp.asarray(student_logits), jnp.asarray(teacher_logits)
+    dtype = wide_dtype(student, teacher)
     if where is not None:
         student = jnp.where(where, student, -jnp.inf)
         teacher = jnp.where(where, teacher, -jnp.inf)
-    return core(student, teacher, inverse, *numbers) * temperature**2
+    softening, *numbers = as_columns(dtype, temperature, *hyper)
+    value = core(student, teacher, 1 / softening, *numbers)
+    return value * jnp.asarray(temperature, dtype) ** 2
 
 
 def entropy_core(logits: Array, inverse: Array) -> Array:
     """Entropy of the softmax at a temperature, in nats, ``[...]``."""
+    logits = logits.astype(inverse.dtype)
     below = logits - largest(logits)
     held = ~jnp.isneginf(below)
     below = jnp.where(held, below, 0) * inverse

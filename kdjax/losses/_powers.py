@@ -15,25 +15,27 @@ from kdjax.losses import _checks
 from kdjax.losses._pairs import (
     Formula,
     Pair,
-    Sums,
-    differentiable,
-    gap,
+    Totals,
+    rule,
     softened,
 )
+from kdjax.losses._rows import by_rows
 
 
-def _variation_terms(pair: Pair) -> Sums:
-    difference = gap(*pair)
+def _variation_terms(pair: Pair) -> Totals:
+    difference = pair.gap
     sign = jnp.sign(difference)
     return jnp.abs(difference) / 2, pair.q * sign / 2, -pair.p * sign / 2
 
 
-_variation_core = differentiable(
-    Formula(
-        terms=_variation_terms,
-        value=lambda sums: sums[0],
-        student=lambda pair, sums: pair.q * (jnp.sign(gap(*pair)) / 2 - sums[1]),
-        teacher=lambda pair, sums: -pair.p * (jnp.sign(gap(*pair)) / 2 + sums[2]),
+_variation_core = by_rows(
+    rule(
+        Formula(
+            terms=_variation_terms,
+            value=lambda totals: totals[0],
+            student=lambda pair, totals: pair.q * (jnp.sign(pair.gap) / 2 - totals[1]),
+            teacher=lambda pair, totals: -pair.p * (jnp.sign(pair.gap) / 2 + totals[2]),
+        )
     )
 )
 
@@ -114,7 +116,7 @@ def _by_size(pair: Pair, alpha: Array, beta: Array) -> tuple[Array, ...]:
     return power, u, own, other
 
 
-def _alpha_beta_terms(pair: Pair, alpha: Array, beta: Array) -> Sums:
+def _alpha_beta_terms(pair: Pair, alpha: Array, beta: Array) -> Totals:
     power, u, own, other = _by_size(pair, alpha, beta)
     # A difference quotient of _decay. Where its two ends are close, it is the mean of
     # the derivative between them, which also covers own = 0.
@@ -144,16 +146,18 @@ def _balanced(slope: Array, weight: Array, total: Array) -> Array:
     return jnp.where((weight > 0) & jnp.isfinite(total), slope - weight * total, 0)
 
 
-_alpha_beta_core = differentiable(
-    Formula(
-        terms=_alpha_beta_terms,
-        value=lambda sums: sums[0],
-        student=lambda pair, sums, alpha, beta: _balanced(
-            _alpha_beta_slopes(pair, alpha, beta)[0], pair.q, sums[1]
-        ),
-        teacher=lambda pair, sums, alpha, beta: _balanced(
-            _alpha_beta_slopes(pair, alpha, beta)[1], pair.p, sums[2]
-        ),
+_alpha_beta_core = by_rows(
+    rule(
+        Formula(
+            terms=_alpha_beta_terms,
+            value=lambda totals: totals[0],
+            student=lambda pair, totals, alpha, beta: _balanced(
+                _alpha_beta_slopes(pair, alpha, beta)[0], pair.q, totals[1]
+            ),
+            teacher=lambda pair, totals, alpha, beta: _balanced(
+                _alpha_beta_slopes(pair, alpha, beta)[1], pair.p, totals[2]
+            ),
+        )
     )
 )
 
