@@ -1,0 +1,210 @@
+"""How rows are worked through changes time and memory, never the numbers.
+
+The other tests run on eight devices, hence on all rows at once; here are the blocks of
+a lone CPU, and the fewer passes of a TPU.
+"""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdjax import losses
+from kdjax.losses import _rows
+
+OF_LABELS = {"knowledge_distillation", "cross_entropy"}
+NAMES = [
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "skew_kl",
+    "knowledge_distillation",
+    "cross_entropy",
+]
+
+
+def draw(shape, dtype=np.float64, distance=None):
+    rng = np.random.default_rng(0)
+    student, noise = rng.normal(0, 3, shape), rng.normal(0, 1, shape)
+    teacher = 3 * noise if distance is None else student + distance * noise
+    labels = rng.integers(-1, shape[-1], shape[:-1])
+    sides = (jnp.asarray(side, dtype) for side in (student, teacher))
+    return *sides, jnp.asarray(labels)
+
+
+def value_and_gradients(name, student, teacher, labels, **options):
+    def loss(student, teacher):
+        sides = (student,) if name == "cross_entropy" else (student, teacher)
+        extra = (labels,) if name in OF_LABELS else ()
+        return getattr(losses, name)(*sides, *extra, **options)
+
+    @jax.jit
+    def program(student, teacher):
+        rows, pull = jax.vjp(loss, student, teacher)
+        return rows, *pull(jnp.ones_like(rows))
+
+    # A compiled loss is kept for its shapes, whichever way it was compiled.
+    jax.clear_caches()
+    return program(student, teacher)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """As on one CPU, with blocks of 16 entries; tells how many loops were made."""
+    loops = []
+    of_blocks = _rows._in_blocks
+
+    def counted(*args):
+        loops.append(args[2])
+        return of_blocks(*args)
+
+    def use():
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+        monkeypatch.setattr(_rows, "_BLOCK", 16)
+        monkeypatch.setattr(_rows, "_in_blocks", counted)
+        return loops
+
+    yield use
+    jax.clear_caches()
+
+
+# Blocks that fit, that overlap, over two axes, of one row each.
+SHAPES = [(8, 4), (7, 4), (3, 5, 4), (5, 2, 3), (2, 3, 9)]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(name, (7, 4)) for name in NAMES] + [("forward_kl", shape) for shape in SHAPES],
+)
+def test_blocks_equal_the_whole(name, shape, in_blocks, x64):
+    arrays = draw(shape)
+    expected = value_and_gradients(name, *arrays)
+    loops = in_blocks()
+    found = value_and_gradients(name, *arrays)
+    assert loops
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("leading", "classes", "block"),
+    [
+        ([], 4, []),
+        ([3], 4, [3]),
+        ([9], 4, [4]),
+        ([9], 99, [1]),
+        ([5, 2], 4, [2, 2]),
+        ([5, 3], 4, [1, 3]),
+        ([5, 9], 4, [1, 4]),
+        ([2, 5, 9], 1, [1, 1, 9]),
+    ],
+)
+def test_blocks_hold_whole_rows(leading, classes, block, monkeypatch):
+    monkeypatch.setattr(_rows, "_BLOCK", 16)
+    assert _rows._block(leading, classes) == block
+
+
+def test_vmap_and_second_derivatives_in_blocks(in_blocks, x64):
+    student, teacher, _ = draw((3, 6, 4))
+
+    def curvature(student, teacher):
+        def total(student):
+            return losses.jensen_shannon(student, teacher, temperature=2.0).sum()
+
+        grad = jax.grad(total)
+        return jax.jvp(grad, (student,), (teacher,))[1]
+
+    jax.clear_caches()
+    expected = jax.vmap(curvature)(student, teacher)
+    in_blocks()
+    jax.clear_caches()
+    found = jax.vmap(curvature)(student, teacher)
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.fixture
+def as_on_tpu(monkeypatch):
+    """The program for a TPU, computed here."""
+
+    def on_tpu(*args, tpu, **_):
+        return tpu(*args)
+
+    yield lambda: monkeypatch.setattr(jax.lax, "platform_dependent", on_tpu)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+@pytest.mark.parametrize(
+    ("distance", "temperature"), [(None, 1.0), (1e-4, 1.0), (1e-2, 100.0)]
+)
+def test_fewer_passes_cost_no_digits(name, distance, temperature, as_on_tpu, x64):
+    arrays = draw((4, 50), np.float32, distance)
+    options = {"temperature": temperature}
+    wide = [each.astype(jnp.float64) for each in arrays[:2]]
+    expected = value_and_gradients(name, *wide, arrays[2], **options)
+    as_on_tpu()
+    found = value_and_gradients(name, *arrays, **options)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == jnp.float32
+        error = np.linalg.norm(one - other) / np.linalg.norm(other)
+        assert error < 3e-6
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_fewer_passes_at_the_edges(name, as_on_tpu, x64):
+    student, teacher, labels = draw((6, 5), np.float32)
+    out = np.zeros((6, 5), bool)
+    out[0], out[1, 2:], out[2, 1:] = True, True, True
+    student = jnp.where(out, -jnp.inf, student).at[3].add(1e4)
+    teacher = jnp.where(out, -jnp.inf, teacher).at[4].multiply(1e4)
+    wide = [each.astype(jnp.float64) for each in (student, teacher)]
+    expected = value_and_gradients(name, *wide, labels)
+    as_on_tpu()
+    found = value_and_gradients(name, student, teacher, labels)
+    for one, other in zip(found, expected, strict=True):
+        assert np.isfinite(one).all()
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
+ALONE = """
+import jax, jax.numpy as jnp, numpy as np
+from kdjax import losses
+
+shape = rows, classes = 8000, 1000
+rng = np.random.default_rng(0)
+student, teacher = (jnp.float32(rng.normal(0, 3, shape)) for _ in range(2))
+labels = jnp.asarray(rng.integers(-1, classes, rows))
+
+def loss(*arrays):
+    return losses.knowledge_distillation(*arrays, temperature=2.0)
+
+def gradient(*arrays):
+    values, pull = jax.vjp(lambda student: loss(student, *arrays[1:]), arrays[0])
+    return values, *pull(jnp.ones_like(values))
+
+program = jax.jit(gradient).lower(student, teacher, labels).compile()
+found = program(student, teacher, labels)
+# What is kept of the logits' size would make 1 and more; the blocks, of half a million
+# entries in eight million, make less.
+assert program.memory_analysis().temp_size_in_bytes < student.nbytes
+for part in (slice(0, 300), slice(-300, None)):
+    expected = jax.jit(gradient)(student[part], teacher[part], labels[part])
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one[part], other, rtol=1e-5, atol=1e-6)
+print(jax.device_count(), "device")
+"""
+
+
+def test_one_cpu_needs_no_copy_of_the_logits():
+    command = [sys.executable, "-c", ALONE]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert answer.stdout == "1 device\n"
