@@ -14,8 +14,8 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from kdjax.losses import _checks
-from kdjax.losses._classification import weighted, widened
 from kdjax.losses._kl import forward_kl
+from kdjax.losses._labels import weighted, widened
 
 
 def _softmax(logits: Array, temperature: Array) -> tuple[Array, Array]:

@@ -1,14 +1,9 @@
-"""Losses over the classes of one example: hard labels, alone or with soft ones.
-
-A negative label scores nothing: value and gradient of its position are 0. The logit
-of a label is picked by comparing with an iota, never by a gather, so that classes
-that are sharded over a mesh stay where they are.
-"""
+"""Losses over the classes of one example: hard labels, alone or with soft ones."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,84 +13,20 @@ from jaxtyping import Bool, Float, Int
 
 from kdjax.losses import _checks
 from kdjax.losses._kl import FORWARD, forward_rule, soft_cross_entropy
+from kdjax.losses._labels import (
+    Hard,
+    at_label,
+    hard_partial,
+    hard_sums,
+    negative_log_likelihood,
+    scored,
+    validity_of,
+    weighted,
+    where_scored,
+    widened,
+)
 from kdjax.losses._pairs import STUDENT, Sums, first_pass, second_pass
 from kdjax.losses._rows import Rule, as_columns, by_rows, wide_dtype
-
-
-def widened(logits: Array) -> Array:
-    """At least float32; float64 stays."""
-    logits = jnp.asarray(logits)
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-
-
-def at_label(labels: Array, logits: Array) -> Array:
-    """True in the slot of each label ``[..., 1]``, ``[..., V]``."""
-    slots = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    return labels == slots
-
-
-def weighted(weight: Array, loss: Array) -> Array:
-    """``weight * loss``, where a weight of 0 also silences an infinite loss."""
-    return jnp.where(weight == 0, 0.0, weight * loss)
-
-
-def _validity(labels: Array, logits: Array) -> Array:
-    """1 for a class, 0 for a negative label, NaN beyond the classes."""
-    known = jnp.where(labels < logits.shape[-1], 1.0, jnp.nan)
-    return jnp.where(labels < 0, 0.0, known).astype(logits.dtype)
-
-
-def scored(loss: Callable[..., Array], labels: Array, *logits: Array) -> Array:
-    """``loss(*logits)`` where a label is given, 0 elsewhere, NaN beyond the classes.
-
-    The logits of positions without a label are replaced first: masking the loss
-    alone would let a NaN of padding into the gradient, as 0 * NaN.
-    """
-    unscored = labels < 0
-    kept = (jnp.where(unscored[..., None], 0.0, each) for each in logits)
-    values = jnp.where(unscored, 0.0, loss(*kept))
-    return values * _validity(labels, logits[0])
-
-
-class _Hard(NamedTuple):
-    value: Array
-    top: Array  # the largest logit
-    label: Array  # the label's logit below it
-    others: Array  # sum of the powers of all others
-
-
-def _where_scored(labels: Array, *arrays: Array) -> list[Array]:
-    return [jnp.where(labels < 0, 0.0, each) for each in arrays]
-
-
-def _hard_sums(tops: Sequence[Array], logits: Array, labels: Array) -> _Hard:
-    logits, top = _where_scored(labels, logits, tops[0])
-    is_label = at_label(labels, logits)
-    below = logits - top
-    # The other classes are summed apart from the label's: the loss of a confident,
-    # right row is then tiny, and not the difference of two equal numbers.
-    others = jnp.where(is_label, 0.0, jnp.exp(below)).sum(-1, keepdims=True)
-    label = jnp.where(is_label, below, 0.0).sum(-1, keepdims=True)
-    possible = others > 0
-    odds = jnp.log(jnp.where(possible, others, 1.0)) - label
-    loss = jnp.where(possible, jax.nn.softplus(odds), 0.0)
-    return _Hard(weighted(_validity(labels, logits), loss), top, label, others)
-
-
-def _hard_partial(index: int, sums: _Hard, logits: Array, labels: Array) -> Array:
-    (logits,) = _where_scored(labels, logits)
-    total = sums.others + jnp.exp(sums.label)
-    scale = _validity(labels, logits) / jnp.where(total > 0, total, 1.0)
-    powers = jnp.exp(logits - sums.top)
-    return scale * jnp.where(at_label(labels, logits), -sums.others, powers)
-
-
-_hard = by_rows(Rule(_hard_sums, _hard_partial, _hard_sums))
-
-
-def negative_log_likelihood(logits: Array, labels: Array) -> Array:
-    """-log softmax(logits)[label], ``[...]``; 0 for a negative label, NaN beyond."""
-    return _hard(logits, labels[..., None])
 
 
 @functools.partial(jax.jit, inline=True)
@@ -176,7 +107,7 @@ def cross_entropy(
 
 class _Distillation(NamedTuple):
     value: Array
-    hard: _Hard
+    hard: Hard
     soft: Sums
 
 
@@ -191,14 +122,14 @@ def _distillation_sums(
     labels: Array,
     *weights: Array,
 ) -> _Distillation:
-    hard = _hard_sums(tops, student, labels)
-    shifts = _where_scored(labels, *tops)
-    inputs = *_where_scored(labels, student, teacher), inverse
+    hard = hard_sums(tops, student, labels)
+    shifts = where_scored(labels, *tops)
+    inputs = *where_scored(labels, student, teacher), inverse
     soft = first_pass((shifts[0], shifts[1]), *inputs)
     # Together: both need one and the same pass over the classes.
     hard, soft = jax.lax.optimization_barrier((hard, soft))
     soft = second_pass(FORWARD, soft, *inputs)
-    hard_weight, soft_weight = (_validity(labels, student) * each for each in weights)
+    hard_weight, soft_weight = (validity_of(labels, student) * each for each in weights)
     value = weighted(hard_weight, hard.value) + weighted(soft_weight, soft.value)
     return _Distillation(value, hard, soft)
 
@@ -212,15 +143,15 @@ def _distillation_partial(
     labels: Array,
     *weights: Array,
 ) -> Array:
-    validity = _validity(labels, student)
+    validity = validity_of(labels, student)
     if index >= HARD_WEIGHT:
         value = sums.hard.value if index == HARD_WEIGHT else sums.soft.value
         return validity * value
     hard_weight, soft_weight = (validity * each for each in weights)
-    logits = _where_scored(labels, student, teacher)
+    logits = where_scored(labels, student, teacher)
     partial = soft_weight * forward_rule.partial(index, sums.soft, *logits, inverse)
     if index == STUDENT:
-        partial += hard_weight * _hard_partial(index, sums.hard, student, labels)
+        partial += hard_weight * hard_partial(index, sums.hard, student, labels)
     return partial
 
 

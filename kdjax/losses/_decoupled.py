@@ -10,14 +10,14 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from kdjax.losses import _checks
-from kdjax.losses._classification import (
+from kdjax.losses._kl import forward_kl, soft_cross_entropy
+from kdjax.losses._labels import (
     at_label,
     negative_log_likelihood,
     scored,
     weighted,
     widened,
 )
-from kdjax.losses._kl import forward_kl, soft_cross_entropy
 
 
 def _expm1_less_linear(x: Array) -> Array:

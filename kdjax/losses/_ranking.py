@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from kdjax.losses import _checks
-from kdjax.losses._classification import widened
+from kdjax.losses._labels import widened
 
 
 def _differences(scores: Array) -> Array:

@@ -163,21 +163,35 @@ def place_step(
 def _spread(
     batch: Batch, mesh: Mesh, specs: Mapping[str, PartitionSpec]
 ) -> dict[str, Any]:
-    """Puts a batch from the host onto the mesh."""
+    """Puts a batch from the host onto the mesh, all of its entries at once."""
 
-    def onto(name: str, array: Any) -> Array:
-        spec = specs[name]
+    def fitting(name: str, array: Any) -> NamedSharding:
         try:
             if jax.process_count() == 1:
-                return jax.device_put(array, _fitting(mesh, spec, np.shape(array)))
-            # Each process has its own part of the batch.
-            whole = NamedSharding(mesh, spec)
-            return jax.make_array_from_process_local_data(whole, np.asarray(array))
+                return _fitting(mesh, specs[name], np.shape(array))
+            return NamedSharding(mesh, specs[name])
         except ValueError as error:
-            raise ValueError(
-                f"batch: {name!r} of shape {np.shape(array)} cannot be split as "
-                f"{spec} over the mesh {dict(mesh.shape)}: name axes of the mesh, and "
-                "choose a batch size that they divide, or fill the batch up and mask."
-            ) from error
+            raise _does_not_fit(name, array, specs[name], mesh) from error
 
-    return {name: onto(name, array) for name, array in batch.items()}
+    targets = {name: fitting(name, array) for name, array in batch.items()}
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), targets)
+
+    def from_parts(name: str, array: Any) -> Array:
+        # Each process has its own part of the batch.
+        try:
+            return jax.make_array_from_process_local_data(
+                targets[name], np.asarray(array)
+            )
+        except ValueError as error:
+            raise _does_not_fit(name, array, specs[name], mesh) from error
+
+    return {name: from_parts(name, array) for name, array in batch.items()}
+
+
+def _does_not_fit(name: str, array: Any, spec: PartitionSpec, mesh: Mesh) -> ValueError:
+    return ValueError(
+        f"batch: {name!r} of shape {np.shape(array)} cannot be split as {spec} over "
+        f"the mesh {dict(mesh.shape)}: name axes of the mesh, and choose a batch size "
+        "that they divide, or fill the batch up and mask."
+    )

@@ -1,0 +1,93 @@
+"""What losses with labels share: which positions count, and the label's logit.
+
+A negative label scores nothing: value and gradient of its position are 0. The logit
+of a label is picked by comparing with an iota, never by a gather, so that classes
+that are sharded over a mesh stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdjax.losses._rows import Rule, by_rows
+
+
+def widened(logits: Array) -> Array:
+    """At least float32; float64 stays."""
+    logits = jnp.asarray(logits)
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def at_label(labels: Array, logits: Array) -> Array:
+    """True in the slot of each label ``[..., 1]``, ``[..., V]``."""
+    slots = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return labels == slots
+
+
+def weighted(weight: Array, loss: Array) -> Array:
+    """``weight * loss``, where a weight of 0 also silences an infinite loss."""
+    return jnp.where(weight == 0, 0.0, weight * loss)
+
+
+def validity_of(labels: Array, logits: Array) -> Array:
+    """1 for a class, 0 for a negative label, NaN beyond the classes."""
+    known = jnp.where(labels < logits.shape[-1], 1.0, jnp.nan)
+    return jnp.where(labels < 0, 0.0, known).astype(logits.dtype)
+
+
+def scored(loss: Callable[..., Array], labels: Array, *logits: Array) -> Array:
+    """``loss(*logits)`` where a label is given, 0 elsewhere, NaN beyond the classes.
+
+    The logits of positions without a label are replaced first: masking the loss
+    alone would let a NaN of padding into the gradient, as 0 * NaN.
+    """
+    unscored = labels < 0
+    kept = (jnp.where(unscored[..., None], 0.0, each) for each in logits)
+    values = jnp.where(unscored, 0.0, loss(*kept))
+    return values * validity_of(labels, logits[0])
+
+
+class Hard(NamedTuple):
+    value: Array
+    top: Array  # the largest logit
+    label: Array  # the label's logit below it
+    others: Array  # sum of the powers of all others
+
+
+def where_scored(labels: Array, *arrays: Array) -> list[Array]:
+    return [jnp.where(labels < 0, 0.0, each) for each in arrays]
+
+
+def hard_sums(tops: Sequence[Array], logits: Array, labels: Array) -> Hard:
+    logits, top = where_scored(labels, logits, tops[0])
+    is_label = at_label(labels, logits)
+    below = logits - top
+    # The other classes are summed apart from the label's: the loss of a confident,
+    # right row is then tiny, and not the difference of two equal numbers.
+    others = jnp.where(is_label, 0.0, jnp.exp(below)).sum(-1, keepdims=True)
+    label = jnp.where(is_label, below, 0.0).sum(-1, keepdims=True)
+    possible = others > 0
+    odds = jnp.log(jnp.where(possible, others, 1.0)) - label
+    loss = jnp.where(possible, jax.nn.softplus(odds), 0.0)
+    return Hard(weighted(validity_of(labels, logits), loss), top, label, others)
+
+
+def hard_partial(index: int, sums: Hard, logits: Array, labels: Array) -> Array:
+    (logits,) = where_scored(labels, logits)
+    total = sums.others + jnp.exp(sums.label)
+    scale = validity_of(labels, logits) / jnp.where(total > 0, total, 1.0)
+    powers = jnp.exp(logits - sums.top)
+    return scale * jnp.where(at_label(labels, logits), -sums.others, powers)
+
+
+_hard = by_rows(Rule(hard_sums, hard_partial, hard_sums))
+
+
+def negative_log_likelihood(logits: Array, labels: Array) -> Array:
+    """-log softmax(logits)[label], ``[...]``; 0 for a negative label, NaN beyond."""
+    return _hard(logits, labels[..., None])
