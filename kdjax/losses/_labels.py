@@ -53,6 +53,8 @@ def scored(loss: Callable[..., Array], labels: Array, *logits: Array) -> Array:
 
 
 class Hard(NamedTuple):
+    """Sums over the classes that the loss of a label needs, each ``[..., 1]``."""
+
     value: Array
     top: Array  # the largest logit
     label: Array  # the label's logit below it
@@ -60,10 +62,12 @@ class Hard(NamedTuple):
 
 
 def where_scored(labels: Array, *arrays: Array) -> list[Array]:
+    """The arrays, 0 in rows that are not scored: what stands there may be NaN."""
     return [jnp.where(labels < 0, 0.0, each) for each in arrays]
 
 
 def hard_sums(tops: Sequence[Array], logits: Array, labels: Array) -> Hard:
+    """-log softmax(logits)[label], and what its derivative needs."""
     logits, top = where_scored(labels, logits, tops[0])
     is_label = at_label(labels, logits)
     below = logits - top
@@ -78,6 +82,7 @@ def hard_sums(tops: Sequence[Array], logits: Array, labels: Array) -> Hard:
 
 
 def hard_partial(index: int, sums: Hard, logits: Array, labels: Array) -> Array:
+    """Its derivative by the logits, ``[..., V]``."""
     (logits,) = where_scored(labels, logits)
     total = sums.others + jnp.exp(sums.label)
     scale = validity_of(labels, logits) / jnp.where(total > 0, total, 1.0)
