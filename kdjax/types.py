@@ -154,9 +154,13 @@ class Model(NamedTuple):
       apply: runs it on one batch and returns its outputs and its new state (batch
         statistics, say). ``rng`` feeds dropout and is ``None`` where ``train`` is
         false.
+      capturable: ``(params, model_state, batch)`` to every feature that an adapter
+        can be asked for, by path; :func:`kdjax.models.paths` lists them. ``None``
+        where the network shows what it shows.
     """
 
     apply: ApplyModel
+    capturable: Callable[[PyTree, PyTree, Batch], dict[str, Array]] | None = None
 
 
 class Adapted(NamedTuple):

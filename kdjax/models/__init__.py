@@ -4,8 +4,9 @@ These are the only files that import flax. Each adapter returns an
 :class:`~kdjax.types.Adapted`: the function, its parameters and its state.
 """
 
+from kdjax.models._outputs import paths
 from kdjax.models.bare import from_apply
 from kdjax.models.linen import from_linen
 from kdjax.models.nnx import from_nnx
 
-__all__ = ["from_apply", "from_linen", "from_nnx"]
+__all__ = ["from_apply", "from_linen", "from_nnx", "paths"]

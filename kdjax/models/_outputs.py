@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kdjax.types import Batch, LinearHead, Outputs
+from kdjax.types import Adapted, Batch, LinearHead, Outputs, PyTree
 
 
 def arguments(batch: Batch, inputs: str | Sequence[str]) -> tuple[Array, ...]:
@@ -37,6 +37,38 @@ def as_outputs(returned: Any, features: Mapping[str, Array]) -> Outputs:
         f"The network returned {type(returned).__name__}; expected logits, a "
         "kdjax.LinearHead or a kdjax.Outputs. Wrap what it returns."
     )
+
+
+def paths(net: Adapted, batch: Batch) -> dict[str, jax.ShapeDtypeStruct]:
+    """Lists what can be captured of a network, in evaluation mode, without running it.
+
+    Args:
+      net: from an adapter.
+      batch: the entries that the network takes, arrays or their shapes.
+
+    Returns:
+      Shape and dtype of each feature by its path, as ``features=`` of an adapter takes
+      it; for a bare function, the features that it shows by itself.
+
+    Raises:
+      ValueError: the batch lacks an entry that the network takes.
+
+    Example:
+      >>> from flax import nnx
+      >>> from kdjax.models import from_nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> layers = nnx.Linear(4, 8, rngs=rngs), nnx.relu, nnx.Linear(8, 3, rngs=rngs)
+      >>> found = paths(from_nnx(nnx.Sequential(*layers)), {"x": jnp.ones((2, 4))})
+      >>> {path: feature.shape for path, feature in found.items()}
+      {'layers/0': (2, 8), 'layers/2': (2, 3)}
+    """
+
+    def shown(params: PyTree, model_state: PyTree, batch: Batch) -> Mapping[str, Array]:
+        outputs, _ = net.model.apply(params, model_state, batch, rng=None, train=False)
+        return outputs.features
+
+    captured = net.model.capturable or shown
+    return dict(jax.eval_shape(captured, net.params, net.model_state, batch))
 
 
 def pick(captured: Mapping[str, Array], wanted: Sequence[str]) -> dict[str, Array]:

@@ -73,8 +73,28 @@ def from_linen(
     params = variables["params"]
     state = {name: tree for name, tree in variables.items() if name != "params"}
     taken = inspect.signature(type(module).__call__).parameters
-    capture = bool(features)
     switches = {name: on for name, on in _SWITCHES.items() if name in taken}
+
+    def run(
+        params: PyTree,
+        model_state: PyTree,
+        batch: Batch,
+        rng: Array | None,
+        train: bool,
+        capture: bool,
+    ) -> tuple[Any, dict[str, Array], PyTree]:
+        modes: Any = {name: on == train for name, on in switches.items()}
+        returned, changed = module.apply(
+            {"params": params, **model_state},
+            *arguments(batch, inputs),
+            **modes,
+            rngs=_keys(rngs, rng if train else None),
+            mutable=[*(model_state if train else ()), *(["intermediates"] * capture)],
+            capture_intermediates=capture,
+        )
+        changed = core.unfreeze(changed)
+        calls = by_path(flatten_dict(changed.pop("intermediates", {})))
+        return returned, calls, {**model_state, **changed}
 
     def apply(
         params: PyTree,
@@ -84,23 +104,20 @@ def from_linen(
         rng: Array | None,
         train: bool,
     ) -> tuple[Outputs, PyTree]:
-        keys = (
-            {name: jax.random.fold_in(rng, i) for i, name in enumerate(rngs)}
-            if train and rng is not None
-            else {}
-        )
-        modes: Any = {name: on == train for name, on in switches.items()}
-        returned, changed = module.apply(
-            {"params": params, **model_state},
-            *arguments(batch, inputs),
-            **modes,
-            rngs=keys,
-            mutable=[*(model_state if train else ()), *(["intermediates"] * capture)],
-            capture_intermediates=capture,
-        )
-        changed = core.unfreeze(changed)
-        calls = flatten_dict(changed.pop("intermediates", {}))
-        captured = pick(by_path(calls), features) if capture else {}
-        return as_outputs(returned, captured), {**model_state, **changed}
+        capture = bool(features)
+        returned, calls, state = run(params, model_state, batch, rng, train, capture)
+        return as_outputs(returned, pick(calls, features) if capture else {}), state
 
-    return Adapted(Model(apply), params, state)
+    def capturable(
+        params: PyTree, model_state: PyTree, batch: Batch
+    ) -> dict[str, Array]:
+        return run(params, model_state, batch, None, train=False, capture=True)[1]
+
+    return Adapted(Model(apply, capturable), params, state)
+
+
+def _keys(streams: Sequence[str], rng: Array | None) -> dict[str, Array]:
+    """A key of its own for each random stream, or none at all."""
+    if rng is None:
+        return {}
+    return {name: jax.random.fold_in(rng, i) for i, name in enumerate(streams)}

@@ -55,6 +55,19 @@ def from_nnx(
     graph, params, streams, rest = parts
     stream_arrays = nnx.to_pure_dict(streams)
 
+    def network(
+        params: PyTree, model_state: PyTree, rng: Array | None, train: bool
+    ) -> tuple[Any, Any]:
+        fresh = _reseeded(stream_arrays, rng) if train else stream_arrays
+        merged = nnx.merge(graph, params, fresh, model_state)
+        view = nnx.view(
+            merged,
+            deterministic=not train,
+            use_running_average=not train,
+            raise_if_not_found=False,
+        )
+        return merged, view
+
     def apply(
         params: PyTree,
         model_state: PyTree,
@@ -63,30 +76,30 @@ def from_nnx(
         rng: Array | None,
         train: bool,
     ) -> tuple[Outputs, PyTree]:
-        fresh = _reseeded(stream_arrays, rng) if train else stream_arrays
-        merged = nnx.merge(graph, params, fresh, model_state)
-        network: Any = nnx.view(
-            merged,
-            deterministic=not train,
-            use_running_average=not train,
-            raise_if_not_found=False,
-        )
-        returned, captured = _run(network, arguments(batch, inputs), features)
+        merged, view = network(params, model_state, rng, train)
+        taken, captured = arguments(batch, inputs), {}
+        if features:
+            returned, calls = _captured(view, taken)
+            captured = pick(calls, features)
+        else:
+            returned = view(*taken)
         state = nnx.state(merged, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
         return as_outputs(returned, captured), nnx.to_pure_dict(state)
 
-    return Adapted(Model(apply), nnx.to_pure_dict(params), nnx.to_pure_dict(rest))
+    def capturable(
+        params: PyTree, model_state: PyTree, batch: Batch
+    ) -> dict[str, Array]:
+        _, view = network(params, model_state, None, train=False)
+        return _captured(view, arguments(batch, inputs))[1]
+
+    model = Model(apply, capturable)
+    return Adapted(model, nnx.to_pure_dict(params), nnx.to_pure_dict(rest))
 
 
-def _run(
-    network: Any, inputs: tuple[Array, ...], features: Sequence[str]
-) -> tuple[Any, dict[str, Array]]:
-    if not features:
-        return network(*inputs), {}
+def _captured(network: Any, inputs: tuple[Array, ...]) -> tuple[Any, dict[str, Array]]:
     kind = nnx.Intermediate
     returned, captured = nnx.capture(network, kind, method_outputs=kind)(*inputs)
-    calls = flatten_dict(nnx.to_pure_dict(captured))
-    return returned, pick(by_path(calls), features)
+    return returned, by_path(flatten_dict(nnx.to_pure_dict(captured)))
 
 
 def _reseeded(streams: PyTree, rng: Array | None) -> PyTree:

@@ -1,0 +1,195 @@
+"""Terms over the logits of student and teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jax import Array
+
+from kdjax import losses
+from kdjax.objectives._terms import MASK, counted, entry, now, settings, single
+from kdjax.types import Batch, Mean, Objective, Outputs, PyTree, Scheduled
+
+
+def hard_labels(
+    *,
+    name: str = "hard",
+    weight: Scheduled = 1.0,
+    labels: str = "label",
+    label_smoothing: Scheduled = 0.0,
+    where: str | None = MASK,
+) -> Objective:
+    """Cross-entropy against the labels of the batch.
+
+    Args:
+      name: of the term, in metrics.
+      weight: of the term.
+      labels: entry of the batch, integers ``[...]``; negative ones do not count.
+      label_smoothing: in [0, 1]; see :func:`kdjax.losses.cross_entropy`.
+      where: entry of the batch that says what counts.
+
+    Returns:
+      An objective of one term.
+
+    Raises:
+      ValueError: the weight is not finite, or (when traced) an entry is missing.
+
+    Example:
+      >>> outputs = Outputs(jnp.zeros((2, 4)))
+      >>> batch = {"label": jnp.array([3, -100])}
+      >>> terms, _ = hard_labels().apply({}, {}, outputs, outputs, batch, jnp.array(0))
+      >>> terms["hard"].mean.value().item(), terms["hard"].mean.count.item()
+      (1.3862944, 1)
+    """
+
+    def compute(
+        params: PyTree, student: Outputs, teacher: Outputs, batch: Batch, step: Array
+    ) -> Mean:
+        truth = entry(batch, labels, "labels")
+        values = losses.cross_entropy(
+            student.dense_logits(),
+            truth,
+            label_smoothing=now(label_smoothing, step),
+        )
+        return Mean.of(values, counted(batch, where, values.shape, truth))
+
+    return single(name, weight, compute)
+
+
+def soft_labels(
+    loss: Callable[..., Array] = losses.forward_kl,
+    *,
+    name: str = "soft",
+    weight: Scheduled = 1.0,
+    labels: str | None = None,
+    where: str | None = MASK,
+    **hyperparameters: Scheduled,
+) -> Objective:
+    """Any loss of :mod:`kdjax.losses` between the logits of student and teacher.
+
+    Args:
+      loss: ``loss(student_logits, teacher_logits, **hyperparameters)``, or with the
+        labels third; one value per example or token.
+      name: of the term, in metrics.
+      weight: of the term.
+      labels: entry of the batch for losses that take labels
+        (:func:`kdjax.losses.decoupled_kd`, say); then negative labels do not count.
+      where: entry of the batch that says what counts.
+      **hyperparameters: the loss's own, such as ``temperature=4.0``; each a number or
+        a schedule.
+
+    Returns:
+      An objective of one term.
+
+    Raises:
+      ValueError: the weight is not finite, or (when traced) the loss refuses its
+        arguments, or an entry is missing.
+
+    Example:
+      >>> objective = soft_labels(losses.reverse_kl, temperature=2.0, weight=0.5)
+      >>> outputs, batch = Outputs(jnp.zeros((2, 4))), {"x": jnp.zeros(2)}
+      >>> terms, _ = objective.apply({}, {}, outputs, outputs, batch, jnp.array(0))
+      >>> terms["soft"].mean.value().item()
+      0.0
+    """
+
+    def compute(
+        params: PyTree, student: Outputs, teacher: Outputs, batch: Batch, step: Array
+    ) -> Mean:
+        truth = None if labels is None else entry(batch, labels, "labels")
+        values = loss(
+            student.dense_logits(),
+            teacher.dense_logits(),
+            *(() if truth is None else (truth,)),
+            **settings(hyperparameters, step),
+        )
+        return Mean.of(values, counted(batch, where, values.shape, truth))
+
+    return single(name, weight, compute)
+
+
+def relations(
+    loss: Callable[..., Array],
+    *,
+    name: str = "relations",
+    weight: Scheduled = 1.0,
+    where: str | None = MASK,
+    **hyperparameters: Scheduled,
+) -> Objective:
+    """A loss between logits that relates the examples of a batch to each other.
+
+    Such a loss takes the mask itself (:func:`kdjax.losses.intra_class_relation`,
+    say). Under accumulation it sees one micro-batch at a time.
+
+    Args:
+      loss: ``loss(student_logits, teacher_logits, where=mask, **hyperparameters)``;
+        all values it returns count.
+      name: of the term, in metrics.
+      weight: of the term.
+      where: entry of the batch, boolean ``[B]``, that says which examples count.
+      **hyperparameters: the loss's own; each a number or a schedule.
+
+    Returns:
+      An objective of one term.
+
+    Raises:
+      ValueError: the weight is not finite, or (when traced) the loss refuses its
+        arguments, or an entry is missing.
+
+    Example:
+      >>> objective = relations(losses.intra_class_relation, temperature=4.0)
+      >>> outputs, batch = Outputs(jnp.eye(3)), {"x": jnp.zeros(3)}
+      >>> terms, _ = objective.apply({}, {}, outputs, outputs, batch, jnp.array(0))
+      >>> terms["relations"].mean.count.item()
+      3
+    """
+
+    def compute(
+        params: PyTree, student: Outputs, teacher: Outputs, batch: Batch, step: Array
+    ) -> Mean:
+        student_logits = student.dense_logits()
+        values = loss(
+            student_logits,
+            teacher.dense_logits(),
+            where=counted(batch, where, student_logits.shape[:1], None),
+            **settings(hyperparameters, step),
+        )
+        return Mean.of(values)
+
+    return single(name, weight, compute)
+
+
+def monitor(
+    measure: Callable[..., Mean],
+    *,
+    name: str,
+    where: str | None = MASK,
+) -> Objective:
+    """A diagnostic of every step: reported with the terms, and never differentiated.
+
+    Args:
+      measure: ``measure(student_logits, teacher_logits, where=mask)``, such as
+        :func:`kdjax.metrics.agreement`.
+      name: of the term, in metrics.
+      where: entry of the batch that says what counts.
+
+    Returns:
+      An objective of one term of weight 0.
+
+    Example:
+      >>> from kdjax import metrics
+      >>> objective = monitor(metrics.agreement, name="agreement")
+      >>> outputs = Outputs(jnp.eye(3))
+      >>> terms, _ = objective.apply({}, {}, outputs, outputs, {}, jnp.array(0))
+      >>> terms["agreement"].weight, terms["agreement"].mean.value().item()
+      (0, 1.0)
+    """
+
+    def compute(
+        params: PyTree, student: Outputs, teacher: Outputs, batch: Batch, step: Array
+    ) -> Mean:
+        logits = student.dense_logits()
+        mask = counted(batch, where, logits.shape[:-1], None)
+        return measure(logits, teacher.dense_logits(), where=mask)
+
+    return single(name, 0, compute)
