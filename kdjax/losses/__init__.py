@@ -5,6 +5,11 @@ Student first, teacher second, the rest by keyword. Nothing is averaged: reduce 
 a gradient: teachers do.
 """
 
+from kdjax.losses._attention import (
+    attention_kl,
+    attention_mse,
+    self_attention_relation,
+)
 from kdjax.losses._class_relations import (
     inter_class_relation,
     intra_class_relation,
@@ -16,6 +21,7 @@ from kdjax.losses._classification import (
     knowledge_distillation,
     weighted_soft_labels,
 )
+from kdjax.losses._contrast import contrastive, contrastive_representation
 from kdjax.losses._decoupled import binary_distillation, decoupled_kd, normalized_kd
 from kdjax.losses._kl import (
     adaptive_kl,
@@ -29,12 +35,24 @@ from kdjax.losses._mixtures import jensen_shannon, skew_kl, skew_reverse_kl
 from kdjax.losses._powers import alpha_beta, renyi, total_variation
 from kdjax.losses._ranking import logistic_ranking, pairwise_hinge
 from kdjax.losses._regression import bounded_regression, logit_mse, standardize_logits
+from kdjax.losses._relations import relational_angle, relational_distance
+from kdjax.losses._scores import margin_mse, score_kl
+from kdjax.losses._similarities import (
+    correlation_congruence,
+    probabilistic_transfer,
+    similarity_preserving,
+)
 
 __all__ = [
     "adaptive_kl",
     "alpha_beta",
+    "attention_kl",
+    "attention_mse",
     "binary_distillation",
     "bounded_regression",
+    "contrastive",
+    "contrastive_representation",
+    "correlation_congruence",
     "cross_entropy",
     "decoupled_kd",
     "forward_kl",
@@ -46,11 +64,18 @@ __all__ = [
     "knowledge_distillation",
     "logistic_ranking",
     "logit_mse",
+    "margin_mse",
     "multi_level_relation",
     "normalized_kd",
     "pairwise_hinge",
+    "probabilistic_transfer",
+    "relational_angle",
+    "relational_distance",
     "renyi",
     "reverse_kl",
+    "score_kl",
+    "self_attention_relation",
+    "similarity_preserving",
     "skew_kl",
     "skew_reverse_kl",
     "soft_cross_entropy",

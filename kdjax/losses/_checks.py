@@ -86,6 +86,51 @@ def boolean(shape: tuple[int, ...], **masks: ArrayLike) -> None:
             )
 
 
+def real(shape: str, **arrays: ArrayLike) -> None:
+    """Every array holds floating-point numbers along the axes that ``shape`` names."""
+    axes = [axis for axis in shape.strip("[]").split(", ") if axis != "..."]
+    for name, array in arrays.items():
+        dtype, found = jnp.result_type(array), np.shape(array)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{name}: got dtype {dtype}, expected floating-point numbers."
+            )
+        if len(found) < len(axes) or ("..." not in shape and len(found) > len(axes)):
+            raise ValueError(f"{name}: got shape {found}, expected {shape}.")
+
+
+def one_shape(shape: str, *, hint: str = "", **arrays: ArrayLike) -> None:
+    """All arrays have the same shape."""
+    shapes = {name: np.shape(array) for name, array in arrays.items()}
+    if len({*shapes.values()}) > 1:
+        got = ", ".join(f"{name} {found}" for name, found in shapes.items())
+        hint = hint or "Nothing is broadcast."
+        raise ValueError(f"{got}: expected one shape {shape}. {hint}")
+
+
+def related(shape: str, where: ArrayLike | None, **arrays: ArrayLike) -> None:
+    """What every relation asks: arrays over the same examples, and a mask of those."""
+    real(shape, **arrays)
+    shapes = {name: np.shape(array) for name, array in arrays.items()}
+    batches = [found[0] for found in shapes.values()]
+    if len({*batches}) > 1:
+        got = ", ".join(f"{name} {found}" for name, found in shapes.items())
+        raise ValueError(f"{got}: expected the same examples B in {shape}.")
+    if where is not None:
+        boolean((batches[0],), where=where)
+
+
+def whole(**numbers: int) -> None:
+    """Every number is a Python integer, and at least 1."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(
+                f"{name}: got {type(number).__name__}, expected a Python integer."
+            )
+        if number < 1:
+            raise ValueError(f"{name}: got {number}, expected at least 1.")
+
+
 def labels(labels: ArrayLike, logits: ArrayLike) -> None:
     """Labels are integers, one per position, and below the number of classes.
 

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdjax import losses
+from tests.losses import relation_cases
 from tests.losses.cases import CASES, LOGITS, sample, select
 
 SHAPES = {"position": (4,), "slot": (4, 8), "class": (8,), "scalar": ()}
@@ -357,4 +358,5 @@ def test_same_on_a_mesh(case):
 
 
 def test_every_exported_loss_is_in_the_table():
-    assert set(losses.__all__) == {case.loss.__name__ for case in CASES}
+    tables = CASES + relation_cases.CASES
+    assert set(losses.__all__) == {case.loss.__name__ for case in tables}
