@@ -5,10 +5,21 @@ Student first, teacher second, the rest by keyword. Nothing is averaged: reduce 
 a gradient: teachers do.
 """
 
+from kdjax.losses._activations import (
+    activation_boundary,
+    hierarchical_context,
+    margin_relu_mse,
+)
 from kdjax.losses._attention import (
     attention_kl,
     attention_mse,
     self_attention_relation,
+)
+from kdjax.losses._channels import (
+    channel_similarity,
+    feature_correlation,
+    linear_cka,
+    solution_flow,
 )
 from kdjax.losses._class_relations import (
     inter_class_relation,
@@ -23,6 +34,12 @@ from kdjax.losses._classification import (
 )
 from kdjax.losses._contrast import contrastive, contrastive_representation
 from kdjax.losses._decoupled import binary_distillation, decoupled_kd, normalized_kd
+from kdjax.losses._features import (
+    feature_cosine,
+    feature_mse,
+    masked_generation,
+    variational_information,
+)
 from kdjax.losses._kl import (
     adaptive_kl,
     forward_kl,
@@ -42,30 +59,49 @@ from kdjax.losses._similarities import (
     probabilistic_transfer,
     similarity_preserving,
 )
+from kdjax.losses._spatial import (
+    attention_transfer,
+    channel_distribution,
+    factor_transfer,
+    neuron_selectivity,
+)
 
 __all__ = [
+    "activation_boundary",
     "adaptive_kl",
     "alpha_beta",
     "attention_kl",
     "attention_mse",
+    "attention_transfer",
     "binary_distillation",
     "bounded_regression",
+    "channel_distribution",
+    "channel_similarity",
     "contrastive",
     "contrastive_representation",
     "correlation_congruence",
     "cross_entropy",
     "decoupled_kd",
+    "factor_transfer",
+    "feature_correlation",
+    "feature_cosine",
+    "feature_mse",
     "forward_kl",
     "hard_distillation",
+    "hierarchical_context",
     "inter_class_relation",
     "interpolated_teacher_kl",
     "intra_class_relation",
     "jensen_shannon",
     "knowledge_distillation",
+    "linear_cka",
     "logistic_ranking",
     "logit_mse",
     "margin_mse",
+    "margin_relu_mse",
+    "masked_generation",
     "multi_level_relation",
+    "neuron_selectivity",
     "normalized_kd",
     "pairwise_hinge",
     "probabilistic_transfer",
@@ -79,8 +115,10 @@ __all__ = [
     "skew_kl",
     "skew_reverse_kl",
     "soft_cross_entropy",
+    "solution_flow",
     "standardize_logits",
     "symmetric_kl",
     "total_variation",
+    "variational_information",
     "weighted_soft_labels",
 ]

@@ -58,6 +58,87 @@ def logits(
         boolean(student, where=where)
 
 
+def _feature_dtypes(**arrays: ArrayLike) -> None:
+    """Every array holds floating-point numbers."""
+    for name, array in arrays.items():
+        dtype = jnp.result_type(array)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{name}: got dtype {dtype}, expected floating-point features."
+            )
+
+
+def features(
+    student_features: ArrayLike,
+    teacher_features: ArrayLike,
+    *,
+    rank: int | None = None,
+    width: bool = True,
+) -> None:
+    """Both hold features ``[..., D]`` of one shape, but for D without ``width``."""
+    _feature_dtypes(
+        student_features=student_features, teacher_features=teacher_features
+    )
+    student, teacher = np.shape(student_features), np.shape(teacher_features)
+    shape = "[..., D]" if rank is None else "[B, D]"
+    for name, got in ("student_features", student), ("teacher_features", teacher):
+        if not got or rank not in (None, len(got)):
+            raise ValueError(f"{name}: got shape {got}, expected {shape}.")
+    if student != teacher if width else student[:-1] != teacher[:-1]:
+        hint = "Project the student's to the teacher's width." if width else ""
+        raise ValueError(
+            f"student_features {student} and teacher_features {teacher}: expected one "
+            f"{'shape' if width else 'batch'} {shape}. Nothing is broadcast. {hint}"
+        )
+
+
+def maps(
+    *,
+    where: ArrayLike | None = None,
+    channels: bool = True,
+    space: bool = True,
+    **arrays: ArrayLike,
+) -> None:
+    """All are maps ``[B, H, W, C]`` of one batch, and equal in what is asked for.
+
+    A mask ``[B, H, W]`` needs maps of one size.
+    """
+    _feature_dtypes(**arrays)
+    shapes = {name: np.shape(array) for name, array in arrays.items()}
+    for name, shape in shapes.items():
+        if len(shape) != 4 or 0 in shape[1:]:
+            raise ValueError(
+                f"{name}: got shape {shape}, expected a map [B, H, W, C], channels "
+                "last, of at least one position and channel."
+            )
+    one_size = space or where is not None
+
+    def compared(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[:1] + shape[1:3] * one_size + shape[3:] * channels
+
+    first = next(iter(shapes.values()))
+    if any(compared(shape) != compared(first) for shape in shapes.values()):
+        got = " and ".join(f"{name} {shape}" for name, shape in shapes.items())
+        asked = ["batch"] + ["height and width"] * one_size + ["channels"] * channels
+        raise ValueError(
+            f"{got}: expected maps [B, H, W, C] of equal {', '.join(asked)}. Nothing "
+            "is broadcast: pool or project the student's to the teacher's."
+        )
+    if where is not None:
+        boolean(first[:3], where=where)
+
+
+def per_channel(features: ArrayLike, **arrays: ArrayLike) -> None:
+    """Every array has one floating-point number per channel of the features."""
+    _feature_dtypes(**arrays)
+    for name, array in arrays.items():
+        if np.shape(array) != np.shape(features)[-1:]:
+            raise ValueError(
+                f"{name}: got shape {np.shape(array)}, expected one number per channel,"
+                f" {np.shape(features)[-1:]}."
+            )
+
+
 def softened(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,

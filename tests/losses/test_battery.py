@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from kdjax import losses
 from tests.losses import relation_cases
 from tests.losses.cases import CASES, LOGITS, sample, select
+from tests.losses.feature_cases import NAMES as FEATURES
 
 SHAPES = {"position": (4,), "slot": (4, 8), "class": (8,), "scalar": ()}
 # Slots that exist in tests of masks, and labels among them.
@@ -359,4 +360,5 @@ def test_same_on_a_mesh(case):
 
 def test_every_exported_loss_is_in_the_table():
     tables = CASES + relation_cases.CASES
-    assert set(losses.__all__) == {case.loss.__name__ for case in tables}
+    names = {case.loss.__name__ for case in tables}
+    assert set(losses.__all__) == names | FEATURES
