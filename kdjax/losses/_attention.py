@@ -10,10 +10,10 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from kdjax.losses import _checks
-from kdjax.losses._examples import product
 from kdjax.losses._kl import forward_kl
 from kdjax.losses._labels import widened
 from kdjax.losses._regression import logit_mse
+from kdjax.losses._vectors import product
 
 _SCORES = "[B, heads, T, T]"
 
@@ -35,7 +35,7 @@ def _check(
     _checks.real(_SCORES, **both)
     _checks.one_shape(
         _SCORES,
-        hint="Heads that differ are compared by self_attention_relation.",
+        "Heads that differ are compared by self_attention_relation.",
         **both,
     )
     if where is not None:

@@ -13,12 +13,18 @@ from jaxtyping import Bool, Float
 from kdjax.losses import _checks
 from kdjax.losses._labels import widened
 from kdjax.losses._maps import (
-    EXACT,
     by_position,
     channel_products,
     of_one_size,
     replaced,
+)
+from kdjax.losses._vectors import (
+    centred,
+    product,
+    scaled,
+    standardized,
     unit,
+    unit_distance,
 )
 
 
@@ -93,13 +99,9 @@ def _channel_similarity(
     student_features: Array, teacher_features: Array, where: Array | None
 ) -> Array:
     def similarity(features: Array) -> Array:
-        features = replaced(widened(features), where)
         # Rows of length 1 hide the scale, which the squares would let overflow.
-        scale = jnp.max(jnp.abs(features), (1, 2, 3), keepdims=True)
-        scale = jax.lax.stop_gradient(scale)
-        features = features / jnp.where(scale > 0, scale, 1.0)
-        features = by_position(features)
-        return unit(channel_products(features, features))[0]
+        rows = scaled(by_position(replaced(widened(features), where)), (1, 2))
+        return unit(channel_products(rows, rows))
 
     gaps = similarity(student_features) - similarity(teacher_features)
     return jnp.sum(gaps**2, (1, 2)) / gaps.shape[-1]
@@ -151,21 +153,6 @@ def channel_similarity(
     return _channel_similarity(student_features, teacher_features, where)
 
 
-def _centred(features: Array, axes: tuple[int, ...], where: Array) -> Array:
-    """Less the mean over the axes, 0 where masked; exactly 0 where it is constant."""
-    top = jnp.max(features, axes, keepdims=True, initial=-jnp.inf, where=where)
-    top = jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0.0, top))
-    values = jnp.where(where, features - top, 0.0)
-    mean = jnp.sum(values, axes, keepdims=True) / _count(features, axes, where)
-    return jnp.where(where, values - mean, 0.0)
-
-
-def _count(features: Array, axes: tuple[int, ...], where: Array) -> Array:
-    """How many numbers a mean over the axes takes, at least 1."""
-    where = jnp.broadcast_to(where, features.shape)
-    return jnp.maximum(jnp.sum(where, axes, keepdims=True), 1)
-
-
 @functools.partial(jax.jit, inline=True)
 def _feature_correlation(
     student_features: Array, teacher_features: Array, where: Array | None
@@ -174,17 +161,12 @@ def _feature_correlation(
         where = jnp.ones(student_features.shape[:1], bool)
     where, axes = where[:, None, None, None], (0, 1, 2)
 
-    def standardized(features: Array) -> Array:
-        centred = _centred(jnp.where(where, features, 0.0), axes, where)
-        count = jnp.maximum(_count(features, axes, where) - 1, 1)
-        square = jnp.sum(centred**2, axes, keepdims=True) / count
-        varies = square > 0
-        deviation = jnp.sqrt(jnp.where(varies, square, 1.0))
-        return jnp.where(varies, centred / (deviation + 1e-6), 0.0)
+    def by_channel(features: Array) -> Array:
+        features = jnp.where(where, widened(features), 0.0)
+        return standardized(features, axes, where, epsilon=1e-6)
 
-    student = standardized(widened(student_features))
-    teacher = standardized(widened(teacher_features))
-    return 0.5 * jnp.mean((student - teacher) ** 2, (1, 2, 3))
+    gaps = by_channel(student_features) - by_channel(teacher_features)
+    return 0.5 * jnp.mean(gaps**2, (1, 2, 3))
 
 
 def feature_correlation(
@@ -241,20 +223,13 @@ def _linear_cka(
         where = jnp.ones(student_features.shape[:1], bool)
     where = where[:, None]
 
-    def likeness(features: Array) -> tuple[Array, Array]:
+    def likeness(features: Array) -> Array:
         features = jnp.where(where, widened(features), 0.0)
-        centred = _centred(features, (0,), where)
-        # The length of 1 below hides this scale, which squares would let overflow.
-        scale = jax.lax.stop_gradient(jnp.max(jnp.abs(centred), initial=0.0))
-        centred = centred / jnp.where(scale > 0, scale, 1.0)
-        return unit(jnp.matmul(centred, centred.T, precision=EXACT), (0, 1))
+        # A cosine hides the scale, which the squares would let overflow.
+        rows = scaled(centred(features, 0, where))
+        return product(rows, rows.T)
 
-    student, student_varies = likeness(student_features)
-    teacher, teacher_varies = likeness(teacher_features)
-    # Half the squared distance of unit vectors is 1 - cosine, never negative and
-    # precise where they agree.
-    distance = 0.5 * jnp.sum((student - teacher) ** 2)
-    return jnp.where(student_varies & teacher_varies, distance, 0.0)
+    return unit_distance(likeness(student_features), likeness(teacher_features), None)
 
 
 def linear_cka(

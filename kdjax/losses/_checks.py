@@ -1,13 +1,14 @@
 """Refusals: every bad argument is named, with what came and what was expected.
 
 Shapes and dtypes are known while tracing and always checked; values only where
-they are concrete, which is why ranges are checked for Python numbers alone.
+they are concrete, which is why ranges are checked for Python numbers alone. A wrong
+dtype raises ``TypeError``, anything else ``ValueError``; nothing is returned.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import chex
 import jax
@@ -16,16 +17,24 @@ import numpy as np
 from jax.typing import ArrayLike
 
 
-def floating(**arrays: ArrayLike) -> None:
-    """Every array holds floating-point numbers and has at least one axis."""
+def _floating(kind: str, **arrays: ArrayLike) -> None:
     for name, array in arrays.items():
-        dtype, shape = jnp.result_type(array), np.shape(array)
+        dtype = jnp.result_type(array)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"{name}: got dtype {dtype}, expected floating-point logits; integer "
-                "labels go to cross_entropy, and class scores are cast by the caller."
+                f"{name}: got dtype {dtype}, expected floating-point {kind}."
             )
-        if not shape:
+
+
+def floating(**arrays: ArrayLike) -> None:
+    """Every array holds floating-point numbers and has at least one axis."""
+    _floating(
+        "logits; integer labels go to cross_entropy, and class scores are cast by the "
+        "caller",
+        **arrays,
+    )
+    for name, array in arrays.items():
+        if not np.shape(array):
             raise ValueError(f"{name}: got a scalar, expected shape [..., V].")
 
 
@@ -58,16 +67,6 @@ def logits(
         boolean(student, where=where)
 
 
-def _feature_dtypes(**arrays: ArrayLike) -> None:
-    """Every array holds floating-point numbers."""
-    for name, array in arrays.items():
-        dtype = jnp.result_type(array)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"{name}: got dtype {dtype}, expected floating-point features."
-            )
-
-
 def features(
     student_features: ArrayLike,
     teacher_features: ArrayLike,
@@ -76,8 +75,8 @@ def features(
     width: bool = True,
 ) -> None:
     """Both hold features ``[..., D]`` of one shape, but for D without ``width``."""
-    _feature_dtypes(
-        student_features=student_features, teacher_features=teacher_features
+    _floating(
+        "features", student_features=student_features, teacher_features=teacher_features
     )
     student, teacher = np.shape(student_features), np.shape(teacher_features)
     shape = "[..., D]" if rank is None else "[B, D]"
@@ -103,7 +102,7 @@ def maps(
 
     A mask ``[B, H, W]`` needs maps of one size.
     """
-    _feature_dtypes(**arrays)
+    _floating("features", **arrays)
     shapes = {name: np.shape(array) for name, array in arrays.items()}
     for name, shape in shapes.items():
         if len(shape) != 4 or 0 in shape[1:]:
@@ -118,11 +117,11 @@ def maps(
 
     first = next(iter(shapes.values()))
     if any(compared(shape) != compared(first) for shape in shapes.values()):
-        got = " and ".join(f"{name} {shape}" for name, shape in shapes.items())
         asked = ["batch"] + ["height and width"] * one_size + ["channels"] * channels
         raise ValueError(
-            f"{got}: expected maps [B, H, W, C] of equal {', '.join(asked)}. Nothing "
-            "is broadcast: pool or project the student's to the teacher's."
+            f"{_shapes(arrays)}: expected maps [B, H, W, C] of equal "
+            f"{', '.join(asked)}. Nothing is broadcast: pool or project the student's "
+            "to the teacher's."
         )
     if where is not None:
         boolean(first[:3], where=where)
@@ -130,7 +129,7 @@ def maps(
 
 def per_channel(features: ArrayLike, **arrays: ArrayLike) -> None:
     """Every array has one floating-point number per channel of the features."""
-    _feature_dtypes(**arrays)
+    _floating("features", **arrays)
     for name, array in arrays.items():
         if np.shape(array) != np.shape(features)[-1:]:
             raise ValueError(
@@ -169,36 +168,33 @@ def boolean(shape: tuple[int, ...], **masks: ArrayLike) -> None:
 
 def real(shape: str, **arrays: ArrayLike) -> None:
     """Every array holds floating-point numbers along the axes that ``shape`` names."""
+    _floating("numbers", **arrays)
     axes = [axis for axis in shape.strip("[]").split(", ") if axis != "..."]
     for name, array in arrays.items():
-        dtype, found = jnp.result_type(array), np.shape(array)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"{name}: got dtype {dtype}, expected floating-point numbers."
-            )
+        found = np.shape(array)
         if len(found) < len(axes) or ("..." not in shape and len(found) > len(axes)):
             raise ValueError(f"{name}: got shape {found}, expected {shape}.")
 
 
-def one_shape(shape: str, *, hint: str = "", **arrays: ArrayLike) -> None:
+def one_shape(shape: str, hint: str = "", /, **arrays: ArrayLike) -> None:
     """All arrays have the same shape."""
-    shapes = {name: np.shape(array) for name, array in arrays.items()}
-    if len({*shapes.values()}) > 1:
-        got = ", ".join(f"{name} {found}" for name, found in shapes.items())
+    if len({np.shape(array) for array in arrays.values()}) > 1:
         hint = hint or "Nothing is broadcast."
-        raise ValueError(f"{got}: expected one shape {shape}. {hint}")
+        raise ValueError(f"{_shapes(arrays)}: expected one shape {shape}. {hint}")
 
 
 def related(shape: str, where: ArrayLike | None, **arrays: ArrayLike) -> None:
     """What every relation asks: arrays over the same examples, and a mask of those."""
     real(shape, **arrays)
-    shapes = {name: np.shape(array) for name, array in arrays.items()}
-    batches = [found[0] for found in shapes.values()]
-    if len({*batches}) > 1:
-        got = ", ".join(f"{name} {found}" for name, found in shapes.items())
-        raise ValueError(f"{got}: expected the same examples B in {shape}.")
+    batch, *others = (np.shape(array)[:1] for array in arrays.values())
+    if any(other != batch for other in others):
+        raise ValueError(f"{_shapes(arrays)}: expected the same examples B in {shape}.")
     if where is not None:
-        boolean((batches[0],), where=where)
+        boolean(batch, where=where)
+
+
+def _shapes(arrays: Mapping[str, ArrayLike]) -> str:
+    return " and ".join(f"{name} {np.shape(array)}" for name, array in arrays.items())
 
 
 def whole(**numbers: int) -> None:

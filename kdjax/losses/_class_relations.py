@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from kdjax.losses import _checks
 from kdjax.losses._kl import forward_kl
 from kdjax.losses._labels import weighted, widened
+from kdjax.losses._vectors import centred, unit_distance
 
 
 def _softmax(logits: Array, temperature: Array) -> tuple[Array, Array]:
@@ -43,35 +44,12 @@ def _columns(logits: Array, temperature: Array, where: Array) -> Array:
     return jnp.where(largest(excess) < largest(values), excess, values)
 
 
-def _unit(values: Array, axis: int, where: Array) -> tuple[Array, Array]:
-    """Centred and scaled to length 1 along the axis; and whether that is defined."""
-    # Against the largest first: what is constant becomes 0 exactly, not rounding.
-    top = jnp.max(values, axis, keepdims=True, initial=-jnp.inf, where=where)
-    values = values - jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0.0, top))
-    values = jnp.where(where, values, 0.0)
-    count = jnp.maximum(jnp.sum(where, axis, keepdims=True), 1)
-    mean = jnp.sum(values, axis, keepdims=True) / count
-    values = jnp.where(where, values - mean, 0.0)
-    # The squares of tiny probabilities would underflow. Length 1 does not depend on
-    # this scale, so that it needs no gradient.
-    scale = jax.lax.stop_gradient(jnp.max(jnp.abs(values), axis, keepdims=True))
-    varies = scale > 0
-    values = values / jnp.where(varies, scale, 1.0)
-    square = jnp.sum(values**2, axis, keepdims=True)
-    length = jnp.sqrt(jnp.where(varies, square, 1.0))
-    return values / length, jnp.squeeze(varies, axis)
-
-
 def _correlation_distance(
     student: Array, teacher: Array, axis: int, where: Array
 ) -> Array:
     """1 - Pearson's correlation along the axis, 0 where one side is constant."""
-    student, student_varies = _unit(student, axis, where)
-    teacher, teacher_varies = _unit(teacher, axis, where)
-    # Half the squared distance of unit vectors is 1 - cosine, never negative and
-    # precise where they agree.
-    distance = 0.5 * jnp.sum((student - teacher) ** 2, axis)
-    return jnp.where(student_varies & teacher_varies, distance, 0.0)
+    student, teacher = (centred(each, axis, where) for each in (student, teacher))
+    return unit_distance(student, teacher, axis)
 
 
 @functools.partial(jax.jit, inline=True)

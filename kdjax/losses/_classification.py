@@ -156,9 +156,7 @@ def _distillation_partial(
 
 
 # Hard and soft labels together, so that both come from one look at the logits.
-_distillation = by_rows(
-    Rule(_distillation_sums, _distillation_partial, _distillation_sums)
-)
+_distillation = by_rows(Rule(_distillation_sums, _distillation_partial))
 
 
 @functools.partial(jax.jit, inline=True)

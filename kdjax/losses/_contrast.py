@@ -11,8 +11,9 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from kdjax.losses import _checks
-from kdjax.losses._examples import counting, kept, number_of, product, unit
+from kdjax.losses._examples import counting, kept, number_of
 from kdjax.losses._labels import widened
+from kdjax.losses._vectors import product, unit
 
 
 @functools.partial(jax.jit, inline=True)

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float
 
 from kdjax.losses import _checks
 from kdjax.losses._labels import widened
-from kdjax.losses._maps import positions, replaced, unit
+from kdjax.losses._maps import positions, replaced
+from kdjax.losses._vectors import unit_distance
 
 
 @functools.partial(jax.jit, inline=True)
@@ -58,12 +59,7 @@ def feature_mse(
 
 @functools.partial(jax.jit, inline=True)
 def _feature_cosine(student_features: Array, teacher_features: Array) -> Array:
-    student, student_defined = unit(widened(student_features))
-    teacher, teacher_defined = unit(widened(teacher_features))
-    # Half the squared distance of unit vectors is 1 - cosine, never negative and
-    # precise where they agree.
-    distance = 0.5 * jnp.sum((student - teacher) ** 2, -1)
-    return jnp.where(student_defined & teacher_defined, distance, 0.0)
+    return unit_distance(widened(student_features), widened(teacher_features))
 
 
 def feature_cosine(

@@ -1,30 +1,12 @@
-"""What losses over feature maps share: pooling, unit vectors and masked positions."""
+"""What losses over feature maps share: pooling and masked positions."""
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-# The default precision of a matrix product is bfloat16 on a TPU.
-EXACT = jax.lax.Precision.HIGHEST
-
-
-def unit(values: Array, axis: int | tuple[int, ...] = -1) -> tuple[Array, Array]:
-    """Scaled to length 1 along the axis, 0 where all is 0; and whether that is defined.
-
-    Where it is not, there is no gradient either.
-    """
-    # Squares could overflow or vanish. Length 1 does not depend on this scale, so that
-    # it needs no gradient.
-    size = jnp.max(jnp.abs(values), axis, keepdims=True, initial=0.0)
-    scale = jax.lax.stop_gradient(size)
-    defined = scale > 0
-    values = jnp.where(defined, values, 0.0) / jnp.where(defined, scale, 1.0)
-    square = jnp.sum(values**2, axis, keepdims=True)
-    length = jnp.sqrt(jnp.where(defined, square, 1.0))
-    return values / length, jnp.squeeze(defined, axis)
+from kdjax.losses._vectors import EXACT, product
 
 
 def by_position(features: Array) -> Array:
@@ -35,7 +17,7 @@ def by_position(features: Array) -> Array:
 
 def channel_products(first: Array, second: Array) -> Array:
     """Inner products of channels over positions, ``[B, P, C]`` to ``[B, C, D]``."""
-    return jnp.einsum("bpc,bpd->bcd", first, second, precision=EXACT)
+    return product(first.mT, second)
 
 
 def replaced(features: Array, where: Array | None) -> Array:

@@ -225,6 +225,18 @@ def _near_log_sum(logits: Array, inverse: Array) -> Array:
     return jax.lax.stop_gradient(log_sum[..., None] / inverse)
 
 
+def _sums_on_tpu(
+    formula: Formula,
+    scores: Callable[..., Totals],
+    tops: Tops,
+    *inputs: Array,
+) -> Sums:
+    student, teacher, inverse = inputs[:3]
+    shifts = _near_log_sum(student, inverse), _near_log_sum(teacher, inverse)
+    found = first_pass(shifts, student, teacher, inverse)
+    return second_pass(formula, _with_means(scores, found, *inputs), *inputs)
+
+
 STUDENT, TEACHER, INVERSE = range(3)
 
 
@@ -240,16 +252,6 @@ def rule(formula: Formula) -> Rule:
 
     def sums(tops: Tops, *inputs: Array) -> Sums:
         return second_pass(formula, first_pass(tops, *inputs[:3]), *inputs)
-
-    def sums_on_tpu(tops: Tops, *inputs: Array) -> Sums:
-        if formula.scores is None:
-            return sums(tops, *inputs)
-        student, teacher, inverse = inputs[:3]
-        shifts = _near_log_sum(student, inverse), _near_log_sum(teacher, inverse)
-        found = first_pass(shifts, student, teacher, inverse)
-        return second_pass(
-            formula, _with_means(formula.scores, found, *inputs), *inputs
-        )
 
     def slope(side: int, pair: Pair, sums: Sums, *hyper: Array) -> Array:
         by_side = formula.student if side == STUDENT else formula.teacher
@@ -274,7 +276,10 @@ def rule(formula: Formula) -> Rule:
         one = (jnp.ones_like(hyper[index - 3]),)
         return jax.jvp(of_number, (hyper[index - 3],), one)[1]
 
-    return Rule(sums, partial, sums_on_tpu)
+    if formula.scores is None:
+        return Rule(sums, partial)
+    on_tpu = functools.partial(_sums_on_tpu, formula, formula.scores)
+    return Rule(sums, partial, on_tpu)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

@@ -12,22 +12,14 @@ from jaxtyping import Bool, Float
 
 from kdjax.losses import _checks
 from kdjax.losses._labels import widened
+from kdjax.losses._vectors import standardized
 
 
 @functools.partial(jax.jit, inline=True)
 def _standardize_logits(logits: Array) -> Array:
     logits = widened(logits)
     exists = ~jnp.isneginf(logits)
-    # Against the largest first: equal logits become 0 exactly, not rounding.
-    top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
-    gaps = jnp.where(exists, logits - jnp.where(jnp.isneginf(top), 0.0, top), 0.0)
-    count = jnp.sum(exists, -1, keepdims=True)
-    mean = jnp.sum(gaps, -1, keepdims=True) / jnp.maximum(count, 1)
-    centred = jnp.where(exists, gaps - mean, 0.0)
-    square = jnp.sum(centred**2, -1, keepdims=True) / jnp.maximum(count - 1, 1)
-    varies = square > 0
-    deviation = jnp.sqrt(jnp.where(varies, square, 1.0))
-    scores = jnp.where(varies, centred / (deviation + 1e-7), 0.0)
+    scores = standardized(logits, -1, exists, epsilon=1e-7)
     return jnp.where(exists, scores, -jnp.inf)
 
 

@@ -15,11 +15,9 @@ from kdjax.losses._examples import (
     kept,
     number_of,
     over_pairs,
-    product,
-    scaled,
     smooth_l1,
-    unit,
 )
+from kdjax.losses._vectors import product, scaled, unit
 
 # How many numbers of angles, or of differences, are held at a time.
 _CHUNK = 2**20

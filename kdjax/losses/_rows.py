@@ -30,12 +30,12 @@ class Rule(NamedTuple):
         ``value`` is the loss.
       partial: ``(index, sums, *inputs)`` to the derivative of the loss by the input of
         that index: ``[..., V]`` by logits, ``[..., 1]`` by numbers.
-      sums_on_tpu: ``sums`` in fewer passes over the classes.
+      sums_on_tpu: ``sums`` in fewer passes over the classes, where there is a way.
     """
 
     sums: Callable[..., Any]
     partial: Callable[..., Array]
-    sums_on_tpu: Callable[..., Any]
+    sums_on_tpu: Callable[..., Any] | None = None
 
 
 def by_rows(rule: Rule) -> Callable[..., Array]:
@@ -117,15 +117,15 @@ def _summed(rule: Rule, inputs: Inputs) -> Any:
         return sums(wide[: len(tops)], *wide[len(tops) :])
 
     here = functools.partial(at_once, rule.sums)
-    on_tpu = functools.partial(at_once, rule.sums_on_tpu)
+    elsewhere = {}
     block = _block(leading, classes)
-    if block == leading or jax.device_count() > 1:
-        on_cpu = here
-    else:
-        on_cpu = functools.partial(_in_blocks, here, leading, block)
-    return jax.lax.platform_dependent(
-        *tops, *inputs, cpu=on_cpu, tpu=on_tpu, default=here
-    )
+    if block != leading and jax.device_count() == 1:
+        elsewhere["cpu"] = functools.partial(_in_blocks, here, leading, block)
+    if rule.sums_on_tpu:
+        elsewhere["tpu"] = functools.partial(at_once, rule.sums_on_tpu)
+    if not elsewhere:
+        return here(*tops, *inputs)
+    return jax.lax.platform_dependent(*tops, *inputs, default=here, **elsewhere)
 
 
 def _block(leading: list[int], classes: int) -> list[int]:

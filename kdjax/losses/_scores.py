@@ -17,7 +17,7 @@ from kdjax.losses._labels import widened
 def _check(student_scores: Array, teacher_scores: Array, where: Array | None) -> None:
     both = {"student_scores": student_scores, "teacher_scores": teacher_scores}
     _checks.real("[..., K]", **both)
-    _checks.one_shape("[..., K]", hint="", **both)
+    _checks.one_shape("[..., K]", **both)
     if where is not None:
         _checks.boolean(jnp.shape(student_scores), where=where)
 

@@ -15,10 +15,8 @@ from kdjax.losses._examples import (
     kept,
     number_of,
     over_pairs,
-    product,
-    scaled,
-    unit,
 )
+from kdjax.losses._vectors import product, scaled, unit
 
 
 @functools.partial(jax.jit, inline=True)

@@ -18,8 +18,21 @@ from kdjax.losses._maps import (
     of_one_size,
     positions,
     replaced,
-    unit,
 )
+from kdjax.losses._vectors import scaled, unit
+
+
+def _check(
+    student_features: Array, teacher_features: Array, where: Array | None
+) -> None:
+    """Two maps of one batch, of any size and channels."""
+    _checks.maps(
+        where=where,
+        channels=False,
+        space=False,
+        student_features=student_features,
+        teacher_features=teacher_features,
+    )
 
 
 def _prepared(
@@ -34,10 +47,8 @@ def _prepared(
 def _attention(features: Array, power: Array) -> Array:
     """The mean of |features|^power over channels, of length 1: ``[B, H * W]``."""
     # Its length hides the scale, which a power would let overflow.
-    size = jnp.abs(by_position(features))
-    scale = jax.lax.stop_gradient(jnp.max(size, (1, 2), keepdims=True))
-    relative = size / jnp.where(scale > 0, scale, 1.0)
-    return unit(jnp.mean(relative**power, -1))[0]
+    sizes = scaled(jnp.abs(by_position(features)), (1, 2))
+    return unit(jnp.mean(sizes**power, -1))
 
 
 @functools.partial(jax.jit, inline=True)
@@ -91,13 +102,7 @@ def attention_transfer(
       Zagoruyko and Komodakis, Paying More Attention to Attention, 2017, equation 2.
       arXiv:1612.03928
     """
-    _checks.maps(
-        where=where,
-        channels=False,
-        space=False,
-        student_features=student_features,
-        teacher_features=teacher_features,
-    )
+    _check(student_features, teacher_features, where)
     _checks.positive(power=power)
     _checks.scale((), power=power)
     return _attention_transfer(student_features, teacher_features, power, where)
@@ -161,13 +166,7 @@ def factor_transfer(
       Kim, Park and Kwak, Paraphrasing Complex Network: Network Compression via Factor
       Transfer, 2018. arXiv:1802.04977
     """
-    _checks.maps(
-        where=where,
-        channels=False,
-        space=False,
-        student_features=student_features,
-        teacher_features=teacher_features,
-    )
+    _check(student_features, teacher_features, where)
     _checks.positive(power=power)
     _checks.scale((), power=power)
     return _factor_transfer(student_features, teacher_features, power, where)
@@ -178,7 +177,7 @@ def _neuron_selectivity(
     student_features: Array, teacher_features: Array, where: Array | None
 ) -> Array:
     student, teacher = _prepared(student_features, teacher_features, where)
-    student, teacher = (unit(by_position(each), 1)[0] for each in (student, teacher))
+    student, teacher = (unit(by_position(each), 1) for each in (student, teacher))
     if student.shape == teacher.shape:
         # With gap and middle of each pair of channels, s s' - t t' is
         # gap middle' + middle gap': precise where student and teacher agree.
@@ -235,13 +234,7 @@ def neuron_selectivity(
       Huang and Wang, Like What You Like: Knowledge Distill via Neuron Selectivity
       Transfer, 2017. arXiv:1707.01219
     """
-    _checks.maps(
-        where=where,
-        channels=False,
-        space=False,
-        student_features=student_features,
-        teacher_features=teacher_features,
-    )
+    _check(student_features, teacher_features, where)
     return _neuron_selectivity(student_features, teacher_features, where)
 
 

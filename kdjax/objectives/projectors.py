@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kdjax.losses import _checks
+from kdjax.losses._maps import of_one_size
 from kdjax.types import PyTree
 
 
@@ -124,32 +126,13 @@ def pooled(student: Array, teacher: Array) -> tuple[Array, Array]:
       Both, with equal heights and widths.
 
     Raises:
-      ValueError: one of them is no map.
+      ValueError: one of them is no map, or they are of other batches.
+      TypeError: a map is not floating.
 
     Example:
       >>> a, b = pooled(jnp.ones((1, 8, 8, 3)), jnp.ones((1, 4, 4, 5)))
       >>> a.shape, b.shape
       ((1, 4, 4, 3), (1, 4, 4, 5))
     """
-    for who, array in (("student", student), ("teacher", teacher)):
-        if array.ndim != 4:
-            raise ValueError(
-                f"{who}: got shape {array.shape}; expected a map [B, H, W, C]."
-            )
-    for axis in (1, 2):
-        size = min(student.shape[axis], teacher.shape[axis])
-        student, teacher = (_shrunk(each, axis, size) for each in (student, teacher))
-    return student, teacher
-
-
-def _shrunk(array: Array, axis: int, size: int) -> Array:
-    length = array.shape[axis]
-    if length == size:
-        return array
-    # One row of weights per pixel of the result: the ends are rounded outwards.
-    pixels, places = jnp.arange(size)[:, None], jnp.arange(length)
-    first, last = pixels * length // size, -(-(pixels + 1) * length // size)
-    inside = ((places >= first) & (places < last)).astype(array.dtype)
-    weights = inside / inside.sum(-1, keepdims=True)
-    mean = jnp.tensordot(array, weights, ((axis,), (1,)))
-    return jnp.moveaxis(mean, -1, axis)
+    _checks.maps(channels=False, space=False, student=student, teacher=teacher)
+    return of_one_size(student, teacher)

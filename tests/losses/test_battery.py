@@ -7,27 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdjax import losses
 from tests.losses import relation_cases
 from tests.losses.cases import CASES, LOGITS, sample, select
 from tests.losses.feature_cases import NAMES as FEATURES
+from tests.losses.running import COMPILED, QUICK, mesh_of
 
 SHAPES = {"position": (4,), "slot": (4, 8), "class": (8,), "scalar": ()}
 # Slots that exist in tests of masks, and labels among them.
 KEEP = np.array([1, 1, 0, 1, 0, 1, 1, 0], bool)
 KEPT_LABELS = jnp.array([0, 3, 6, 5])
-
-# Halves the time to compile; eager calls and the other files use the default.
-QUICK = {"xla_backend_optimization_level": 0}
-
-# Compilations since the tests began. JAX reports each one, whatever caused it.
-COMPILED = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda name, *_, **__: COMPILED.append(name) if "backend_compile" in name else None
-)
 
 
 def logits_of(case):
@@ -337,13 +329,8 @@ def test_one_compilation_for_many_temperatures(case):
 
 @pytest.mark.parametrize("case", select())
 def test_same_on_a_mesh(case):
-    # Batch and classes are both sharded. Auto is what place_step uses too.
-    mesh = jax.make_mesh(
-        (2, 2),
-        ("data", "model"),
-        axis_types=(AxisType.Auto,) * 2,
-        devices=jax.devices()[:4],
-    )
+    # Batch and classes are both sharded.
+    mesh = mesh_of(data=2, model=2)
     inputs = {name: sample()[name] for name in case.arguments}
     placed = {
         name: jax.device_put(

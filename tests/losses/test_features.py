@@ -6,22 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdjax import losses
 from tests.losses.feature_cases import CASES, KEEP, mask_of, sample, select
-
-# Halves the time to compile; eager calls use the default.
-QUICK = {"xla_backend_optimization_level": 0}
+from tests.losses.running import COMPILED, QUICK, mesh_of
 
 # One row per loss; the others differ from it in shapes or numbers alone.
 MAIN = select(lambda case: " " not in case.name)
-
-COMPILED = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda name, *_, **__: COMPILED.append(name) if "backend_compile" in name else None
-)
 
 
 @functools.cache
@@ -262,11 +255,8 @@ def test_one_compilation_for_many_numbers(case):
 
 @pytest.mark.parametrize("case", MAIN)
 def test_same_on_a_mesh(case):
-    mesh = jax.make_mesh(
-        (4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4]
-    )
     features = sample(case)
-    placed = jax.device_put(features, NamedSharding(mesh, P("data")))
+    placed = jax.device_put(features, NamedSharding(mesh_of(data=4), P("data")))
     compiled = _compiled(case.name).lower(placed, {}).compile()
     gradients, values = compiled(placed, {})
     expected, slopes = run(case, *features)

@@ -10,6 +10,7 @@ import pytest
 
 from kdjax import losses
 from tests.losses import golden_relations
+from tests.losses.running import QUICK
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 ARRAYS = np.load(GOLDEN / "cases.npz")
@@ -358,7 +359,7 @@ def test_float32(name):
 def test_float64(name):
     with jax.enable_x64(True):
         # Quicker to compile; float32 above is compiled as users do.
-        assert_matches(name, jnp.float64, 1e-9, {"xla_backend_optimization_level": 0})
+        assert_matches(name, jnp.float64, 1e-9, QUICK)
 
 
 def test_table_is_complete():

@@ -67,7 +67,7 @@ def test_refuses_numbers(case, number):
 
 def test_refuses_widths_that_have_to_agree():
     for loss in (losses.contrastive, losses.margin_mse, losses.score_kl):
-        with pytest.raises(ValueError, match=r"student.* \(4, 3\), .*\(4, 2\): exp"):
+        with pytest.raises(ValueError, match=r"student.* \(4, 3\) and .*\(4, 2\): exp"):
             loss(ROWS, ROWS[:, :2])
 
 

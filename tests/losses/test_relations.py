@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdjax import losses
 from tests.losses import relation_oracles
 from tests.losses.relation_cases import CASES, sample, select
-
-# Halves the time to compile; eager calls use the default.
-QUICK = {"xla_backend_optimization_level": 0}
+from tests.losses.running import QUICK, mesh_of
 
 
 @functools.cache
@@ -233,10 +231,7 @@ def test_one_trace_for_many_numbers(case):
 
 @pytest.mark.parametrize("case", select())
 def test_same_on_a_mesh(case):
-    mesh = jax.make_mesh(
-        (4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4]
-    )
-    sharding = NamedSharding(mesh, P("data"))
+    sharding = NamedSharding(mesh_of(data=4), P("data"))
     inputs = sample(case)
     extra = {"where": case.where(keep_of(case))}
     placed, placed_extra = jax.device_put((inputs, extra), sharding)
