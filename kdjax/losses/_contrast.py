@@ -16,6 +16,31 @@ from kdjax.losses._labels import widened
 from kdjax.losses._vectors import product, unit
 
 
+def log_normalizer(scores: Array, dataset_size: Array, where: Array) -> Array:
+    """log Z by these scores ``[B, 1 + K]``: N times the mean of their exponentials.
+
+    Without a gradient; -inf where no example counts.
+    """
+    scores = jax.lax.stop_gradient(scores)
+    total = jax.nn.logsumexp(jnp.where(where[:, None], scores, -jnp.inf))
+    size = jnp.log(jnp.asarray(dataset_size, scores.dtype))
+    return size + total - jnp.log(number_of(where, scores) * scores.shape[1])
+
+
+def noise_contrastive(
+    scores: Array, log_normalizer: Array, dataset_size: Array
+) -> Array:
+    """The loss ``[B]`` of scores ``[B, 1 + K]``: an example's own, then K others'."""
+    # The critic's logit: how much likelier a pair is of one example than of two.
+    noise = math.log(scores.shape[1] - 1) - jnp.log(
+        jnp.asarray(dataset_size, scores.dtype)
+    )
+    constant = jnp.where(jnp.isneginf(log_normalizer), 0.0, log_normalizer)
+    logits = scores - constant - noise
+    own, others = logits[:, 0], logits[:, 1:]
+    return jax.nn.softplus(-own) + jnp.sum(jax.nn.softplus(others), 1)
+
+
 @functools.partial(jax.jit, inline=True)
 def _contrastive_representation(
     student: Array,
@@ -31,18 +56,11 @@ def _contrastive_representation(
     negatives = jnp.where(where[:, None, None], widened(negatives), 0.0)
     contrast = jnp.concatenate([positive[:, None], negatives], 1)
     scores = product(contrast, anchor[..., None])[..., 0] / temperature
-    size = jnp.log(jnp.asarray(dataset_size, scores.dtype))
     if normalizer is None:
-        fixed = jax.lax.stop_gradient(scores)
-        count = number_of(where, scores) * scores.shape[1]
-        total = jax.nn.logsumexp(jnp.where(where[:, None], fixed, -jnp.inf))
-        total = jnp.where(jnp.isneginf(total), 0.0, total)
-        constant = size + total - jnp.log(count)
+        constant = log_normalizer(scores, dataset_size, where)
     else:
         constant = jnp.log(jnp.asarray(normalizer, scores.dtype))
-    # The critic's logit: how much likelier a pair is of one example than of two.
-    logits = scores - constant - (math.log(negatives.shape[1]) - size)
-    rows = jax.nn.softplus(-logits[:, 0]) + jnp.sum(jax.nn.softplus(logits[:, 1:]), 1)
+    rows = noise_contrastive(scores, constant, dataset_size)
     return jnp.sum(jnp.where(where, rows, 0.0)) / number_of(where, rows)
 
 
@@ -64,10 +82,10 @@ def contrastive_representation(
 
     with N the size of the data set. Embeddings are projected to one width and scaled
     to length 1 by the caller. The published loss adds two of these: the student's
-    embedding against memories of the teacher's, and the other way round; a memory
-    bank is the objective's. Its code adds 1e-7 to the denominators, which is left
-    out. The published weight is 0.8, and K is 16384. No factor temperature²: this
-    temperature softens no teacher.
+    embedding against memories of the teacher's, and the other way round, which is
+    :func:`kdjax.objectives.contrastive_memory`. Its code adds 1e-7 to the
+    denominators, which is left out. The published weight is 0.8, and K is 16384. No
+    factor temperature²: this temperature softens no teacher.
 
     Args:
       student: embeddings that move, ``[B, D]``.

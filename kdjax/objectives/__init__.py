@@ -10,19 +10,34 @@ the loss; what is false counts nowhere. ``where=`` names another entry, or ``Non
 """
 
 from kdjax.objectives import projectors
+from kdjax.objectives._attention import attention, self_attention_relation
 from kdjax.objectives._combine import combine
-from kdjax.objectives._features import features
+from kdjax.objectives._factors import factor_transfer
+from kdjax.objectives._features import feature_pairs, features
+from kdjax.objectives._generation import masked_generation
+from kdjax.objectives._information import variational_information
 from kdjax.objectives._layer_maps import last_layers, uniform_layers
-from kdjax.objectives._logits import hard_labels, monitor, relations, soft_labels
+from kdjax.objectives._logits import hard_labels, monitor, soft_labels
+from kdjax.objectives._memory import contrastive_memory
+from kdjax.objectives._relations import relations
+from kdjax.objectives._review import review
 
 __all__ = [
+    "attention",
     "combine",
+    "contrastive_memory",
+    "factor_transfer",
+    "feature_pairs",
     "features",
     "hard_labels",
     "last_layers",
+    "masked_generation",
     "monitor",
     "projectors",
     "relations",
+    "review",
+    "self_attention_relation",
     "soft_labels",
     "uniform_layers",
+    "variational_information",
 ]

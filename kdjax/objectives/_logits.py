@@ -7,7 +7,7 @@ from collections.abc import Callable
 from jax import Array
 
 from kdjax import losses
-from kdjax.objectives._terms import MASK, counted, entry, now, settings, single
+from kdjax.objectives._terms import MASK, counted, entry, feature, now, settings, single
 from kdjax.types import Batch, Mean, Objective, Outputs, PyTree, Scheduled
 
 
@@ -62,6 +62,7 @@ def soft_labels(
     name: str = "soft",
     weight: Scheduled = 1.0,
     labels: str | None = None,
+    student: str | None = None,
     where: str | None = MASK,
     **hyperparameters: Scheduled,
 ) -> Objective:
@@ -74,6 +75,8 @@ def soft_labels(
       weight: of the term.
       labels: entry of the batch for losses that take labels
         (:func:`kdjax.losses.decoupled_kd`, say); then negative labels do not count.
+      student: a feature of the student that holds the logits to be pulled, such as
+        those of a distillation token (DeiT, arXiv:2012.12877); by default its logits.
       where: entry of the batch that says what counts.
       **hyperparameters: the loss's own, such as ``temperature=4.0``; each a number or
         a schedule.
@@ -93,68 +96,23 @@ def soft_labels(
       0.0
     """
 
+    head = student
+
     def compute(
         params: PyTree, student: Outputs, teacher: Outputs, batch: Batch, step: Array
     ) -> Mean:
         truth = None if labels is None else entry(batch, labels, "labels")
+        if head is None:
+            logits = student.dense_logits()
+        else:
+            logits = feature(student, head, f"term {name!r}: the student")
         values = loss(
-            student.dense_logits(),
+            logits,
             teacher.dense_logits(),
             *(() if truth is None else (truth,)),
             **settings(hyperparameters, step),
         )
         return Mean.of(values, counted(batch, where, values.shape, truth))
-
-    return single(name, weight, compute)
-
-
-def relations(
-    loss: Callable[..., Array],
-    *,
-    name: str = "relations",
-    weight: Scheduled = 1.0,
-    where: str | None = MASK,
-    **hyperparameters: Scheduled,
-) -> Objective:
-    """A loss between logits that relates the examples of a batch to each other.
-
-    Such a loss takes the mask itself (:func:`kdjax.losses.intra_class_relation`,
-    say). Under accumulation it sees one micro-batch at a time.
-
-    Args:
-      loss: ``loss(student_logits, teacher_logits, where=mask, **hyperparameters)``;
-        all values it returns count.
-      name: of the term, in metrics.
-      weight: of the term.
-      where: entry of the batch, boolean ``[B]``, that says which examples count.
-      **hyperparameters: the loss's own; each a number or a schedule.
-
-    Returns:
-      An objective of one term.
-
-    Raises:
-      ValueError: the weight is not finite, or (when traced) the loss refuses its
-        arguments, or an entry is missing.
-
-    Example:
-      >>> objective = relations(losses.intra_class_relation, temperature=4.0)
-      >>> outputs, batch = Outputs(jnp.eye(3)), {"x": jnp.zeros(3)}
-      >>> terms, _ = objective.apply({}, {}, outputs, outputs, batch, jnp.array(0))
-      >>> terms["relations"].mean.count.item()
-      3
-    """
-
-    def compute(
-        params: PyTree, student: Outputs, teacher: Outputs, batch: Batch, step: Array
-    ) -> Mean:
-        student_logits = student.dense_logits()
-        values = loss(
-            student_logits,
-            teacher.dense_logits(),
-            where=counted(batch, where, student_logits.shape[:1], None),
-            **settings(hyperparameters, step),
-        )
-        return Mean.of(values)
 
     return single(name, weight, compute)
 

@@ -16,16 +16,26 @@ MASK = "mask"
 Compute = Callable[[PyTree, Outputs, Outputs, Batch, Array], Mean]
 """``(objective_params, student, teacher, batch, step)`` to the mean of a term."""
 
+Init = Callable[[Array, Outputs, Outputs], PyTree]
+"""``(rng, student_spec, teacher_spec)`` to what is trained beside the student."""
 
-def single(
-    name: str,
-    weight: Scheduled,
-    compute: Compute,
-    init: Callable[[Array, Outputs, Outputs], PyTree] = lambda *specs: {},
-) -> Objective:
-    """An objective of one term, with what it trains beside the student."""
+
+def nothing(rng: Array, student: Outputs, teacher: Outputs) -> PyTree:
+    """Trains nothing beside the student."""
+    return {}
+
+
+def check_weight(name: str, weight: Scheduled) -> None:
+    """A weight that is a Python number is finite."""
     if isinstance(weight, (int, float)) and not np.isfinite(weight):
         raise ValueError(f"weight of {name!r}: got {weight}, expected a finite number.")
+
+
+def single(
+    name: str, weight: Scheduled, compute: Compute, init: Init = nothing
+) -> Objective:
+    """An objective of one term, without a state."""
+    check_weight(name, weight)
 
     def apply(
         params: PyTree,
@@ -41,12 +51,36 @@ def single(
     return Objective(init, dict, apply)
 
 
+def feature(outputs: Outputs, path: str, who: str) -> Array:
+    """A feature that a term asks for; ``who`` says whose it is in the refusal."""
+    if path not in outputs.features:
+        raise ValueError(
+            f"{who} gives no feature {path!r}; it gives {sorted(outputs.features)}. "
+            "Ask its adapter for it: features=[...]."
+        )
+    return outputs.features[path]
+
+
+def pair_of(
+    name: str, student: str, teacher: str
+) -> Callable[[Outputs, Outputs], tuple[Array, Array]]:
+    """Picks one feature of each model for the term of that name."""
+
+    def pick(shown: Outputs, target: Outputs) -> tuple[Array, Array]:
+        return (
+            feature(shown, student, f"term {name!r}: the student"),
+            feature(target, teacher, f"term {name!r}: the teacher"),
+        )
+
+    return pick
+
+
 def now(number: Scheduled, step: Array) -> Any:
     """A number as it is, a schedule at this step."""
     return number(step) if callable(number) else number
 
 
-def settings(numbers: Mapping[str, Scheduled], step: Array) -> dict[str, Any]:
+def settings(numbers: Mapping[str, Any], step: Array) -> dict[str, Any]:
     """Hyper-parameters at this step."""
     return {name: now(number, step) for name, number in numbers.items()}
 

@@ -48,7 +48,8 @@ def make_train_step(
       terms, unweighted, and ``loss``, ``grad_norm`` and ``skipped``.
 
     Raises:
-      ValueError: ``accumulate`` is below 1 or (when traced) does not divide the batch.
+      ValueError: ``accumulate`` is below 1 or (when traced) does not divide the batch;
+        or an objective with a state meets an ``axis_name``.
 
     Example:
       >>> from kdjax import models, objectives, teachers
@@ -75,6 +76,7 @@ def make_train_step(
     ) -> tuple[DistillState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.step)
         if axis_name is not None:
+            _refuse_own_states(state.objective_state)
             rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
         sums, moved = _gradient(run, state, frozen, batch, rng, accumulate, axis_name)
         loss, grad_norm = sums.loss, optax.tree.norm(sums.grads)
@@ -99,6 +101,16 @@ def make_train_step(
         }
 
     return step
+
+
+def _refuse_own_states(objective_state: PyTree) -> None:
+    """A memory that each device moves by its own examples has no common value."""
+    if jax.tree.leaves(objective_state):
+        raise ValueError(
+            "axis_name: this objective keeps a state (a memory bank, say), which every "
+            "device of shard_map or pmap would move by its own examples; compile the "
+            "step with place_step instead, without axis_name."
+        )
 
 
 class _Moved(NamedTuple):
