@@ -4,16 +4,35 @@ import re
 from pathlib import Path
 
 import jax.numpy as jnp
+from flax import nnx
+
+from kdjax.models import from_nnx
+from kdjax.types import Objective
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_python_blocks_run():
+class Net(nnx.Module):
+    """Has the two features that the README's objective asks for."""
+
+    def __init__(self):
+        self.stage3 = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+        self.pool = nnx.Linear(4, 2, rngs=nnx.Rngs(1))
+
+    def __call__(self, x):
+        return self.pool(self.stage3(x))
+
+
+def test_python_blocks_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     scope = {"student_logits": jnp.zeros((2, 3)), "teacher_logits": jnp.eye(2, 3)}
+    scope |= {"net": Net(), "teacher_net": from_nnx(Net())}
     for block in blocks:
         exec(compile(block, str(README), "exec"), scope)
+    assert "stage3" in capsys.readouterr().out
+    assert isinstance(scope["objective"], Objective)
+    assert scope["optimizer"].init({"student": {}, "objective": {}})
     assert scope["per_token"].shape == (2,)
     assert int(scope["state"].step) == 100
     assert scope["metrics"]["loss"].value() < 1

@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from kdjax.losses import _checks
-from kdjax.losses._labels import widened
+from kdjax.losses._labels import visible, widened
 from kdjax.losses._maps import pooled, replaced
 
 
@@ -28,6 +28,7 @@ def _activation_boundary(
     too_quiet = (teacher > 0) & (student <= margin)
     values = jnp.where(too_active, (student + margin) ** 2, 0.0)
     values += jnp.where(too_quiet, (student - margin) ** 2, 0.0)
+    values = visible(values, student, teacher)
     return jnp.sum(replaced(values, where), (1, 2, 3))
 
 
@@ -89,8 +90,8 @@ def _margin_relu_mse(
     student = replaced(widened(student_features), where)
     teacher = replaced(widened(teacher_features), where)
     target = jnp.maximum(teacher, widened(margin))
-    pulled = (student > target) | (target > 0)
-    values = jnp.where(pulled, (student - target) ** 2, 0.0)
+    off = (student <= target) & (target <= 0)
+    values = jnp.where(off, 0.0, (student - target) ** 2)
     return jnp.sum(replaced(values, where), (1, 2, 3))
 
 

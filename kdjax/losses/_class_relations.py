@@ -26,7 +26,7 @@ def _softmax(logits: Array, temperature: Array) -> tuple[Array, Array]:
     shifted = logits - jnp.where(jnp.isneginf(top), 0.0, top)
     powers, raised = jnp.exp(shifted), jnp.expm1(shifted)
     total = jnp.sum(powers, -1, keepdims=True)
-    total = jnp.where(total > 0, total, 1.0)
+    total = jnp.where(total == 0, 1.0, total)
     return powers / total, (raised - jnp.mean(raised, -1, keepdims=True)) / total
 
 

@@ -235,7 +235,10 @@ def _hard_distillation(
     if where is not None:
         student = jnp.where(where, student, -jnp.inf)
         teacher = jnp.where(where, teacher, -jnp.inf)
-    return negative_log_likelihood(student, jnp.argmax(teacher, -1))
+    # A NaN has no rank: beyond the classes, which makes the loss NaN too.
+    unknown = jnp.isnan(jnp.max(teacher, -1))
+    choice = jnp.where(unknown, teacher.shape[-1], jnp.argmax(teacher, -1))
+    return negative_log_likelihood(student, choice)
 
 
 def hard_distillation(

@@ -236,20 +236,20 @@ def _adaptive_core(
     head_gap = jnp.where(tail, 0, difference).sum(-1)
     tail_gap = jnp.where(tail, difference, 0).sum(-1)
     total = head_gap + tail_gap
-    share = jnp.where(total > 0, head_gap / jnp.where(total > 0, total, 1), 0.5)
+    share = jnp.where(total == 0, 0.5, head_gap / jnp.where(total == 0, 1, total))
     return _symmetric_core(student, teacher, inverse, 1 - share[..., None])
 
 
 def _weighted(weight: Array, value: Array) -> Array:
     """``weight * value``, and 0 for no weight on an infinite value."""
-    return jnp.where(weight > 0, weight * jnp.where(weight > 0, value, 0), 0)
+    return jnp.where(weight == 0, 0, weight * jnp.where(weight == 0, 0, value))
 
 
 def _probabilities(logits: Array, inverse: Array) -> Array:
     logits = logits.astype(inverse.dtype)
     powers = jnp.exp((logits - largest(logits)) * inverse)
     total = powers.sum(-1, keepdims=True)
-    return powers / jnp.where(total > 0, total, 1)
+    return powers / jnp.where(total == 0, 1, total)
 
 
 def interpolated_teacher_kl(

@@ -34,6 +34,13 @@ def weighted(weight: Array, loss: Array) -> Array:
     return jnp.where(weight == 0, 0.0, weight * loss)
 
 
+def visible(values: Array, *inputs: Array) -> Array:
+    """The values, NaN where an input is, which comparisons would have hidden."""
+    for each in inputs:
+        values = jnp.where(jnp.isnan(each), jnp.nan, values)
+    return values
+
+
 def validity_of(labels: Array, logits: Array) -> Array:
     """1 for a class, 0 for a negative label, NaN beyond the classes."""
     known = jnp.where(labels < logits.shape[-1], 1.0, jnp.nan)
@@ -75,9 +82,9 @@ def hard_sums(tops: Sequence[Array], logits: Array, labels: Array) -> Hard:
     # right row is then tiny, and not the difference of two equal numbers.
     others = jnp.where(is_label, 0.0, jnp.exp(below)).sum(-1, keepdims=True)
     label = jnp.where(is_label, below, 0.0).sum(-1, keepdims=True)
-    possible = others > 0
-    odds = jnp.log(jnp.where(possible, others, 1.0)) - label
-    loss = jnp.where(possible, jax.nn.softplus(odds), 0.0)
+    alone = others == 0
+    odds = jnp.log(jnp.where(alone, 1.0, others)) - label
+    loss = jnp.where(alone, 0.0, jax.nn.softplus(odds))
     return Hard(weighted(validity_of(labels, logits), loss), top, label, others)
 
 
@@ -85,7 +92,7 @@ def hard_partial(index: int, sums: Hard, logits: Array, labels: Array) -> Array:
     """Its derivative by the logits, ``[..., V]``."""
     (logits,) = where_scored(labels, logits)
     total = sums.others + jnp.exp(sums.label)
-    scale = validity_of(labels, logits) / jnp.where(total > 0, total, 1.0)
+    scale = validity_of(labels, logits) / jnp.where(total == 0, 1.0, total)
     powers = jnp.exp(logits - sums.top)
     return scale * jnp.where(at_label(labels, logits), -sums.others, powers)
 

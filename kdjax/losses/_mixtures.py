@@ -143,7 +143,7 @@ def _skew_terms(pair: Pair, skew: Array) -> Totals:
     log_p, _ = _logs_to_mixture(pair.x, skew)
     # log(p/m) is -inf where p is 0; such a class has no weight in the means over p.
     near, far = (
-        jnp.where(pair.p > 0, pair.p * score, 0) for score in _skew_scores(pair, skew)
+        jnp.where(pair.p == 0, 0, pair.p * score) for score in _skew_scores(pair, skew)
     )
     return (
         excess(pair.p, _mixture(pair, skew), log_p),
@@ -156,7 +156,7 @@ def _skew_terms(pair: Pair, skew: Array) -> Totals:
 def _skew_student(pair: Pair, totals: Totals, skew: Array) -> Array:
     log_p, _ = _logs_to_mixture(pair.x, skew)
     slope = (1 - skew) * pair.q * (totals[1] - jnp.expm1(log_p))
-    return jnp.where(pair.q > 0, slope, 0)
+    return jnp.where(pair.q == 0, 0, slope)
 
 
 def _skew_teacher(pair: Pair, totals: Totals, skew: Array) -> Array:

@@ -40,7 +40,7 @@ def excess(p: Array, q: Array, x: Array) -> Array:
     near = jnp.abs(x) < 1
     inner = jnp.where(near, x, 0)
     # p(x - 1) must not become 0 * inf where p is 0; all of q remains there.
-    outer = jnp.where(p > 0, p * (x - 1), 0) + q
+    outer = jnp.where(p == 0, 0, p * (x - 1)) + q
     return jnp.where(near, p * _second_order(inner), outer)
 
 
@@ -57,7 +57,7 @@ def centred(score: Array, weight: Array, mean: Array) -> Array:
     It is 0 where the weight is, whatever the score; and in rows whose value is
     infinite, which have no finite derivative.
     """
-    return jnp.where((weight > 0) & jnp.isfinite(mean), weight * (score - mean), 0)
+    return jnp.where((weight == 0) | jnp.isinf(mean), 0, weight * (score - mean))
 
 
 def _second_order(x: Array) -> Array:
@@ -108,8 +108,8 @@ def _unscaled(
     direct = teacher - student
     is_close = jnp.abs(direct) <= jnp.abs(below_p)
     x = jnp.where(is_close, direct - (teacher_shift - student_shift), below_p - below_q)
-    # A slot that is -inf in both is out. A NaN of the logits stays in the powers.
-    x = jnp.where(jnp.isnan(x), 0, x)
+    # A slot that is -inf in both is out; a NaN of the logits stays one.
+    x = jnp.where(jnp.maximum(below_p, below_q) == -jnp.inf, 0, x)
     return jnp.exp(below_p * inverse), jnp.exp(below_q * inverse), x * inverse
 
 
@@ -150,8 +150,8 @@ def first_pass(shifts: Tops, student: Array, teacher: Array, inverse: Array) -> 
     p, q, x = _unscaled(shifts, student, teacher, inverse)
     student_sum, teacher_sum, gap = _sum(q), _sum(p), _sum(_gap(p, q, x))
     # A row without a single class left has no distribution; all its terms are 0.
-    student_sum = jnp.where(student_sum > 0, student_sum, 1)
-    teacher_sum = jnp.where(teacher_sum > 0, teacher_sum, 1)
+    student_sum = jnp.where(student_sum == 0, 1, student_sum)
+    teacher_sum = jnp.where(teacher_sum == 0, 1, teacher_sum)
     # log(student_sum / teacher_sum) would carry the rounding of two logarithms into
     # every x. Near equality the sum of the accurate gaps gives it relative accuracy.
     change = gap / teacher_sum
@@ -201,7 +201,7 @@ def _with_means(
     at_x, slopes = jax.jvp(lambda x: scores(x, *hyper), (x,), (jnp.ones_like(x),))
 
     def mean(power: Array, scale: Array, score: Array, slope: Array) -> Array:
-        at_shift = _sum(jnp.where(power > 0, power * score, 0))
+        at_shift = _sum(jnp.where(power == 0, 0, power * score))
         return (at_shift + sums.log_ratio * _sum(power * slope)) * scale
 
     scales = sums.teacher_scale, sums.student_scale
@@ -323,5 +323,5 @@ def entropy_core(logits: Array, inverse: Array) -> Array:
     below = jnp.where(held, below, 0) * inverse
     powers = jnp.where(held, jnp.exp(below), 0)
     total = powers.sum(-1, keepdims=True)
-    total = jnp.where(total > 0, total, 1)
+    total = jnp.where(total == 0, 1, total)
     return (powers / total * (jnp.log(total) - below)).sum(-1)

@@ -109,7 +109,7 @@ def _by_size(pair: Pair, alpha: Array, beta: Array) -> tuple[Array, ...]:
     """
     above = pair.x >= 0
     base = jnp.maximum(pair.p, pair.q)
-    power = jnp.where(base > 0, jnp.where(base > 0, base, 1) ** (alpha + beta), 0)
+    power = jnp.where(base == 0, 0, jnp.where(base == 0, 1, base) ** (alpha + beta))
     # Beyond this |x|, and at infinity, nothing changes any more.
     u = jnp.minimum(jnp.abs(pair.x), 1e6)
     own, other = jnp.where(above, alpha, beta), jnp.where(above, beta, alpha)
@@ -143,7 +143,7 @@ def _alpha_beta_slopes(pair: Pair, alpha: Array, beta: Array) -> tuple[Array, Ar
 
 def _balanced(slope: Array, weight: Array, total: Array) -> Array:
     """``slope - weight * total``, 0 where :func:`~kdjax.losses._pairs.centred` is."""
-    return jnp.where((weight > 0) & jnp.isfinite(total), slope - weight * total, 0)
+    return jnp.where((weight == 0) | jnp.isinf(total), 0, slope - weight * total)
 
 
 _alpha_beta_core = by_rows(

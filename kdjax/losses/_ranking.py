@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from kdjax.losses import _checks
-from kdjax.losses._labels import widened
+from kdjax.losses._labels import visible, widened
 
 
 def _differences(scores: Array) -> Array:
@@ -34,9 +34,11 @@ def _ordered_pairs(
     return _differences(student), teacher, pairs
 
 
-def _mean_over(pairs: Array, values: Array) -> Array:
+def _mean_over(pairs: Array, values: Array, *differences: Array) -> Array:
+    """The mean over the pairs; NaN if a difference is, which has no order."""
     total = jnp.sum(jnp.where(pairs, values, 0.0), (-2, -1))
-    return total / jnp.maximum(jnp.sum(pairs, (-2, -1)), 1)
+    mean = total / jnp.maximum(jnp.sum(pairs, (-2, -1)), 1)
+    return visible(mean, *(jnp.max(each, (-2, -1)) for each in differences))
 
 
 @functools.partial(jax.jit, inline=True)
@@ -49,7 +51,7 @@ def _pairwise_hinge(
     student, teacher, pairs = _ordered_pairs(student_logits, teacher_logits, where)
     lacking = (teacher if margin is None else margin) - student
     # Not maximum(): at a tie its gradient is a half, and equality is all ties.
-    return _mean_over(pairs, jnp.where(lacking > 0, lacking, 0.0))
+    return _mean_over(pairs, jnp.where(lacking > 0, lacking, 0.0), student, teacher)
 
 
 def pairwise_hinge(
@@ -107,8 +109,8 @@ def pairwise_hinge(
 def _logistic_ranking(
     student_logits: Array, teacher_logits: Array, where: Array | None
 ) -> Array:
-    student, _, pairs = _ordered_pairs(student_logits, teacher_logits, where)
-    return _mean_over(pairs, jax.nn.softplus(-student))
+    student, teacher, pairs = _ordered_pairs(student_logits, teacher_logits, where)
+    return _mean_over(pairs, jax.nn.softplus(-student), student, teacher)
 
 
 def logistic_ranking(

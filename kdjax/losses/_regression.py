@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from kdjax.losses import _checks
-from kdjax.losses._labels import widened
+from kdjax.losses._labels import visible, widened
 from kdjax.losses._vectors import standardized
 
 
@@ -113,7 +113,7 @@ def _bounded_regression(
     student, teacher, targets = widened(student), widened(teacher), widened(targets)
     own = jnp.sum((student - targets) ** 2, -1)
     bound = jnp.sum((teacher - targets) ** 2, -1)
-    return jnp.where(own + margin > bound, own, 0.0)
+    return visible(jnp.where(own + margin > bound, own, 0.0), own, bound)
 
 
 def bounded_regression(

@@ -35,9 +35,9 @@ def _apart(square: Array, rows: Array) -> Array:
     """Whether a squared distance of such rows is more than rounding.
 
     Equal rows need not differ by 0: fused with what made them, they may be rounded
-    in two ways.
+    in two ways. A NaN is apart, and not hidden.
     """
-    return square > rows.shape[-1] * (8 * jnp.finfo(rows.dtype).eps) ** 2
+    return ~(square <= rows.shape[-1] * (8 * jnp.finfo(rows.dtype).eps) ** 2)
 
 
 @jax.custom_jvp
@@ -66,7 +66,7 @@ def _distances(features: Array, where: Array) -> tuple[Array, Array]:
     apart = pairs & _apart(square, rows)
     distances = jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1.0)), 0.0)
     mean = jnp.sum(distances) / number_of(pairs, rows)
-    return distances, jnp.where(mean > 0, mean, 1.0)
+    return distances, jnp.where(mean == 0, 1.0, mean)
 
 
 @functools.partial(jax.jit, inline=True)

@@ -162,14 +162,14 @@ def _probabilistic_transfer(
     def neighbours(features: Array) -> Array:
         rows = kept(features, where)
         square = jnp.sum(rows**2, -1, keepdims=True)
-        directed = square > 0
+        directed = square != 0
         length = jnp.where(directed, jnp.sqrt(jnp.where(directed, square, 1.0)), 0.0)
         rows = rows / (length + tiny)
         # Rounding may take the cosine of opposite examples below -1.
         alike = (product(rows, rows.T) + 1) / 2
-        alike = jnp.where(pairs & (alike > 0), alike, 0.0)
+        alike = jnp.where(pairs & ~(alike <= 0), alike, 0.0)
         total = jnp.sum(alike, -1, keepdims=True)
-        return alike / jnp.where(total > 0, total, 1.0) + tiny
+        return alike / jnp.where(total == 0, 1.0, total) + tiny
 
     p, q = neighbours(teacher), neighbours(student)
     near = jnp.abs(p - q) < 0.5 * q

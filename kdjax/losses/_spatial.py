@@ -120,9 +120,8 @@ def _factor_transfer(
     gaps = jnp.abs(student_map - teacher_map)
     # A gap that is merely rounding would have a gradient as large as any other.
     rounding = 8 * jnp.finfo(gaps.dtype).eps * teacher_map
-    return jnp.sum(jnp.where(gaps > rounding, gaps, 0.0), -1) / positions(
-        student, where
-    )
+    total = jnp.sum(jnp.where(gaps <= rounding, 0.0, gaps), -1)
+    return total / positions(student, where)
 
 
 def factor_transfer(
@@ -193,7 +192,7 @@ def _neuron_selectivity(
         value = kernel(teacher, teacher) + kernel(student, student)
         value -= 2 * kernel(student, teacher)
     # It is a squared distance; rounding alone is below 0.
-    return jnp.where(value > 0, value, 0.0)
+    return jnp.where(value <= 0, 0.0, value)
 
 
 def neuron_selectivity(

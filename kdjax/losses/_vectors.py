@@ -31,7 +31,7 @@ def unit(values: Array, axis: Axes = -1) -> Array:
     """Scaled to length 1 along the axis; zeros stay so, without a gradient."""
     values = scaled(values, axis)
     square = jnp.sum(values**2, axis, keepdims=True)
-    directed = square > 0
+    directed = square != 0  # true of NaN, which is not to be hidden
     length = jnp.sqrt(jnp.where(directed, square, 1.0))
     return jnp.where(directed, values / length, 0.0)
 
@@ -70,6 +70,6 @@ def standardized(values: Array, axis: Axes, where: Array, epsilon: float) -> Arr
     rows = centred(values, axis, where)
     freedom = jnp.maximum(number_along(values, axis, where) - 1, 1)
     square = jnp.sum(rows**2, axis, keepdims=True) / freedom
-    varies = square > 0
+    varies = square != 0
     deviation = jnp.sqrt(jnp.where(varies, square, 1.0))
     return jnp.where(varies, rows / (deviation + epsilon), 0.0)

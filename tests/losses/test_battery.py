@@ -258,6 +258,16 @@ def test_minus_infinity_on_one_side_is_never_nan(case, side):
 
 
 @pytest.mark.parametrize("case", select())
+def test_a_nan_is_never_hidden(case):
+    """A loss of 0 for logits that are NaN would let a broken run go on."""
+    for name in (name for name in case.arguments if name != "labels"):
+        inputs = sample()
+        inputs[name] = inputs[name].at[0, 3].set(jnp.nan)
+        values, _ = value_and_gradients(case, inputs)
+        assert np.isnan(values).any(), name
+
+
+@pytest.mark.parametrize("case", select())
 def test_huge_logits_stay_finite(case):
     inputs = sample()
     for name in LOGITS:

@@ -216,6 +216,17 @@ def test_degenerate_inputs_stay_finite(case, which):
         assert largest(gradients) == 0
 
 
+@pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
+@pytest.mark.parametrize("case", select())
+def test_a_nan_is_never_hidden(case, side):
+    """A loss of 0 for features that are NaN would let a broken run go on."""
+    features = list(sample(case))
+    features[side] = jax.tree.map(
+        lambda layer: layer.at[(1,) * layer.ndim].set(jnp.nan), features[side]
+    )
+    assert np.isnan(run(case, *features)[0]).any()
+
+
 @pytest.mark.parametrize("case", MAIN)
 def test_one_example_is_finite(case):
     features = sample(case, batch=1)

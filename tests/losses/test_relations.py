@@ -169,6 +169,16 @@ def degenerate(case, how):
 
 
 @pytest.mark.parametrize("case", select())
+def test_a_nan_is_never_hidden(case):
+    """A loss of 0 for embeddings that are NaN would let a broken run go on."""
+    for name in case.shapes:
+        inputs = sample(case)
+        place = (1,) * inputs[name].ndim
+        inputs[name] = inputs[name].at[place].set(jnp.nan)
+        assert np.isnan(value_and_gradients(case, inputs)[0]).any(), name
+
+
+@pytest.mark.parametrize("case", select())
 @pytest.mark.parametrize("how", DEGENERATE)
 def test_degenerate_inputs_are_finite(case, how):
     inputs = degenerate(case, how)

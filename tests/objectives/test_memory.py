@@ -10,6 +10,7 @@ import pytest
 from kdjax import losses, objectives
 from kdjax.objectives._keys import by_example
 from kdjax.objectives._memory import _others
+from tests.losses.running import QUICK
 from tests.objectives import tiny
 
 DATA, WIDTH, NEGATIVES = 40, 5, 7
@@ -26,6 +27,11 @@ def memory(**options):
     return objectives.contrastive_memory(**(SETTINGS | options))
 
 
+@functools.partial(jax.jit, static_argnums=2, compiler_options=QUICK)
+def others(index, step, number, state, seed=0):
+    return _others(index, by_example(index, step, seed), number, state)
+
+
 def embedded(params, feature):
     vectors = np.float64(feature) @ np.float64(params["0"]["kernel"])
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
@@ -35,8 +41,7 @@ def expected_step(params, state, batch, step, momentum=0.5, normalizers=None):
     """The published step in NumPy: value, new memories, normalisers."""
     keep = np.flatnonzero(batch["mask"])
     own = batch["index"]
-    drawn = _others(own, by_example(own, step, 0), NEGATIVES, state)
-    drawn = np.asarray(drawn)[keep]
+    drawn = np.asarray(others(own, step, NEGATIVES, state))[keep]
     own = own[keep]
     seen, memories, used, total = {}, {}, {}, 0.0
     for side, net in (("student", tiny.STUDENT), ("teacher", tiny.TEACHER)):
@@ -131,23 +136,22 @@ def test_an_index_beyond_the_data_is_not_silent():
 
 def test_draws_others_evenly():
     index = jnp.array([0, 17, DATA - 1])
-    state = memory().init_state()
-    drawn = np.asarray(_others(index, by_example(index, jnp.array(3), 0), 8000, state))
+    drawn = np.asarray(others(index, 3, 8000, memory().init_state()))
     for own, row in zip(index, drawn, strict=True):
         counts = np.bincount(row, minlength=DATA)
         assert len(counts) == DATA
         assert counts[own] == 0
         # 205 expected of each, with a deviation of 14.
-        others = np.delete(counts, own)
-        assert others.min() > 205 - 5 * 14
-        assert others.max() < 205 + 5 * 14
+        rest = np.delete(counts, own)
+        assert rest.min() > 205 - 5 * 14
+        assert rest.max() < 205 + 5 * 14
 
 
 def test_draws_from_other_classes():
     classes = np.random.default_rng(0).choice([3, 7, 900], DATA)
     state = memory(classes=classes).init_state()
     index = jnp.arange(DATA)
-    drawn = np.asarray(_others(index, by_example(index, jnp.array(0), 1), 500, state))
+    drawn = np.asarray(others(index, 0, 500, state))
     for own, row in enumerate(drawn):
         assert set(row) == set(np.flatnonzero(classes != classes[own]))
     # The groups are arrays of the state, and stay as they are.
@@ -161,11 +165,10 @@ def test_what_is_drawn_depends_on_the_example_and_the_step_alone():
     state = memory().init_state()
 
     def draw(index, step, seed=0):
-        keys = by_example(jnp.asarray(index), jnp.asarray(step), seed)
-        return np.asarray(_others(jnp.asarray(index), keys, 20, state))
+        return np.asarray(others(jnp.array(index), step, 20, state, seed))
 
     whole = draw([4, 9, 30], 2)
-    np.testing.assert_array_equal(draw([30, 4], 2), whole[[2, 0]])
+    np.testing.assert_array_equal(draw([30, 4, 1], 2)[:2], whole[[2, 0]])
     assert (draw([4, 9, 30], 3) != whole).any()
     assert (draw([4, 9, 30], 2, seed=1) != whole).any()
 
@@ -174,16 +177,15 @@ def test_both_embeddings_learn_and_the_teacher_does_not():
     objective, batch = memory(), tiny.batch()
     params, state = tiny.started(objective, batch)
 
-    def loss(params, ours, theirs):
+    def loss(params, ours, theirs, batch):
         shown = tiny.STUDENT.model.apply(ours, {}, batch, rng=None, train=True)[0]
         target = tiny.TEACHER.model.apply(theirs, {}, batch, rng=None, train=False)[0]
         target = jax.lax.stop_gradient(target)
         terms, _ = objective.apply(params, state, shown, target, batch, jnp.array(0))
         return terms["crd"].mean.value()
 
-    own, ours, theirs = jax.grad(loss, (0, 1, 2))(
-        params, tiny.STUDENT.params, tiny.TEACHER.params
-    )
+    run = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=QUICK)
+    own, ours, theirs = run(params, tiny.STUDENT.params, tiny.TEACHER.params, batch)
     for side in ("student", "teacher"):
         assert np.abs(own[side]["0"]["kernel"]).max() > 1e-4
     assert np.abs(ours["first"]).max() > 1e-4

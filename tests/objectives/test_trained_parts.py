@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kdjax import losses, objectives
+from tests.losses.running import QUICK
 from tests.objectives import tiny
 
 BATCH = tiny.batch()
@@ -21,14 +22,15 @@ def gradients(objective, term, step=0):
     """Of one term, with respect to its own parts, the student and the teacher."""
     own, state = tiny.started(objective, BATCH)
 
-    def loss(own, ours, theirs):
-        shown = tiny.STUDENT.model.apply(ours, {}, BATCH, rng=None, train=True)[0]
-        target = tiny.TEACHER.model.apply(theirs, {}, BATCH, rng=None, train=True)[0]
+    def loss(own, ours, theirs, batch):
+        shown = tiny.STUDENT.model.apply(ours, {}, batch, rng=None, train=True)[0]
+        target = tiny.TEACHER.model.apply(theirs, {}, batch, rng=None, train=True)[0]
         target = jax.lax.stop_gradient(target)
-        terms, _ = objective.apply(own, state, shown, target, BATCH, jnp.array(step))
+        terms, _ = objective.apply(own, state, shown, target, batch, jnp.array(step))
         return terms[term].mean.value()
 
-    return jax.grad(loss, (0, 1, 2))(own, tiny.STUDENT.params, tiny.TEACHER.params)
+    run = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=QUICK)
+    return run(own, tiny.STUDENT.params, tiny.TEACHER.params, BATCH)
 
 
 def moves(tree):

@@ -1,11 +1,14 @@
 """Bare networks that show a map, a vector and tokens, and what the tests do to them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kdjax import models
 from kdjax.types import Outputs
+from tests.losses.running import QUICK
 
 EXAMPLES, CLASSES, SIZE = 8, 3, 4
 
@@ -45,14 +48,24 @@ def batch(seed=0, examples=EXAMPLES, dataset=40):
 
 
 def outputs(net, batch):
-    return net.model.apply(net.params, {}, batch, rng=None, train=False)[0]
+    return _run(net.model, net.params, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def _run(model, params, batch):
+    return model.apply(params, {}, batch, rng=None, train=False)[0]
 
 
 def started(objective, batch, seed=5):
     """Parameters and state of an objective between the two networks."""
     ours, theirs = outputs(STUDENT, batch), outputs(TEACHER, batch)
     spec = jax.eval_shape(lambda: (ours, theirs))
-    return objective.init(jax.random.key(seed), *spec), objective.init_state()
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def init(key):
+        return objective.init(key, *spec), objective.init_state()
+
+    return init(jax.random.key(seed))
 
 
 def values_of(objective, batch, params=None, state=None, step=0):
@@ -61,7 +74,10 @@ def values_of(objective, batch, params=None, state=None, step=0):
         params, state = started(objective, batch)
     state = objective.init_state() if state is None else state
     ours, theirs = outputs(STUDENT, batch), outputs(TEACHER, batch)
-    terms, state = objective.apply(
-        params, state, ours, theirs, batch, jnp.asarray(step)
-    )
-    return {name: term.mean for name, term in terms.items()}, state
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(*arrays):
+        terms, changed = objective.apply(*arrays)
+        return {name: term.mean for name, term in terms.items()}, changed
+
+    return run(params, state, ours, theirs, batch, jnp.asarray(step))
