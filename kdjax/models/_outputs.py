@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,9 @@ def paths(net: Adapted, batch: Batch) -> dict[str, jax.ShapeDtypeStruct]:
 
     Returns:
       Shape and dtype of each feature by its path, as ``features=`` of an adapter takes
-      it; for a bare function, the features that it shows by itself.
+      it; for a bare function, the features that it shows by itself. The layers of a
+      scan are the first axis of what is captured in it, where ``"blocks[2]"`` picks
+      one of ``"blocks"``.
 
     Raises:
       ValueError: the batch lacks an entry that the network takes.
@@ -72,28 +75,56 @@ def paths(net: Adapted, batch: Batch) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def pick(captured: Mapping[str, Array], wanted: Sequence[str]) -> dict[str, Array]:
-    """The captured arrays of the wanted paths."""
-    missing = [path for path in wanted if path not in captured]
+    """The captured arrays of the wanted paths, each named as it was asked for."""
+    places = {path: _place(path, captured) for path in wanted}
+    missing = [path for path, (name, _) in places.items() if name not in captured]
     if missing:
         known = ", ".join(sorted(captured)) or "none"
         raise ValueError(
             f"features: got {missing}, which match nothing in this network. "
             f"Paths that can be captured: {known}."
         )
-    return {path: captured[path] for path in wanted}
+    return {
+        path: captured[name] if index is None else _entry(captured[name], index, path)
+        for path, (name, index) in places.items()
+    }
 
 
-def by_path(calls: Mapping[tuple[Any, ...], Sequence[Any]]) -> dict[str, Array]:
+def _place(path: str, captured: Mapping[str, Array]) -> tuple[str, int | None]:
+    """What ``"blocks[2]"`` names: entry 2 of ``"blocks"``."""
+    indexed = re.fullmatch(r"(.+)\[(-?\d+)\]", path)
+    if path in captured or indexed is None:
+        return path, None
+    return indexed[1], int(indexed[2])
+
+
+def _entry(stack: Array, index: int, path: str) -> Array:
+    """One entry along the first axis: the layer of a scan, say."""
+    length = stack.shape[0] if stack.ndim else 0
+    if not -length <= index < length:
+        raise ValueError(
+            f"features: got {path!r}, whose index {index} is out of range: the first "
+            f"axis of what is captured there, {stack.shape}, has length {length}."
+        )
+    return jax.lax.index_in_dim(stack, index, keepdims=False)
+
+
+def by_path(calls: Mapping[tuple[Any, ...], Any]) -> dict[str, Array]:
     """Names outputs by module path: ``blocks/0``, and ``blocks/0#1`` if called again.
 
-    Methods other than ``__call__`` are named too, as in ``encoder/attend``. What is
-    no array (a tuple, say) cannot be captured.
+    Methods other than ``__call__`` are named too, as in ``encoder/attend``, and so is
+    what a module sows, as in ``attention/attention_weights``. An output that holds one
+    array, like the ``(carry, None)`` of a scan's body, is that array; one that holds
+    several (a tuple of two, say) cannot be captured.
     """
     named = {}
     for path, outputs in calls.items():
         name = "/".join(str(part) for part in path if part != "__call__")
+        # A tuple with an entry for each call, unless what was sown is added up.
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         for repeat, output in enumerate(outputs):
-            if isinstance(output, jax.Array):
-                named[f"{name}#{repeat}" if repeat else name] = output
+            leaves = jax.tree.leaves(output)
+            if len(leaves) == 1 and isinstance(leaves[0], jax.Array):
+                named[f"{name}#{repeat}" if repeat else name] = leaves[0]
     named.pop("", None)  # the network itself
     return named

@@ -45,7 +45,12 @@ def from_linen(
         :class:`~kdjax.types.Outputs`.
       variables: what ``module.init`` returned.
       inputs: which entries of the batch it takes, in order.
-      features: paths of submodules whose output is wanted, such as ``"Dense_0"``.
+      features: paths of submodules whose output is wanted, such as ``"Dense_0"``, or
+        of what they sow as ``"intermediates"``, such as
+        ``"attention/attention_weights"``. A second call of the same one is
+        ``"Dense_0#1"``. Under ``linen.scan`` with ``variable_axes={"intermediates":
+        0, ...}`` the layers come stacked, ``[L, ...]``: ``"blocks[2]"`` is the third
+        of them, ``"blocks[-1]"`` the last.
       rngs: random streams it uses while training.
 
     Returns:

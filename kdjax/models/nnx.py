@@ -31,8 +31,11 @@ def from_nnx(
       module: called as ``module(*inputs)``; returns logits ``[..., V]``, a
         :class:`~kdjax.types.LinearHead` or an :class:`~kdjax.types.Outputs`.
       inputs: which entries of the batch it takes, in order.
-      features: paths of submodules whose output is wanted, such as ``"blocks/0"``;
-        a second call of the same one is ``"blocks/0#1"``.
+      features: paths of submodules whose output is wanted, such as ``"blocks/0"``, or
+        of what they sow as ``nnx.Intermediate``, such as
+        ``"attention/attention_weights"``. A second call of the same one is
+        ``"blocks/0#1"``. Under ``nnx.scan`` the layers come stacked, ``[L, ...]``:
+        ``"blocks[2]"`` is the third of them, ``"blocks[-1]"`` the last.
 
     Returns:
       The model, its parameters and its state, plain dicts of arrays.
@@ -82,7 +85,9 @@ def from_nnx(
             returned, calls = _captured(view, taken)
             captured = pick(calls, features)
         else:
-            returned = view(*taken)
+            # Capturing no kind of variable: what the network sows goes nowhere, where
+            # a plain call would make it part of the network.
+            returned = nnx.capture(view)(*taken)
         state = nnx.state(merged, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
         return as_outputs(returned, captured), nnx.to_pure_dict(state)
 
