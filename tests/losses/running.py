@@ -3,8 +3,22 @@
 import jax
 from jax.sharding import AxisType
 
-# Halves the time to compile; eager calls use the default.
-QUICK = {"xla_backend_optimization_level": 0}
+
+
+def _known(option):
+    """Whether the compiler of this version of JAX has an option."""
+    try:
+        jax.jit(lambda: 0.0, compiler_options={option: False})()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+# A half of the time to compile, or a third where the newer code generator of fusions
+# can be left out; eager calls use the defaults.
+QUICK: dict[str, int] = {"xla_backend_optimization_level": 0}
+if _known("xla_cpu_use_fusion_emitters"):
+    QUICK["xla_cpu_use_fusion_emitters"] = False
 
 # Compilations since the tests began. JAX reports each one, whatever caused it.
 COMPILED = []
