@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
+
+from experiments.jobs.settings import check_counts, check_positive, refuse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Config:
     """Also write TensorBoard events, into each run's folder."""
 
     def __post_init__(self):
-        for name in (
+        check_counts(
+            self,
             "seeds",
             "labels_per_class",
             "steps",
@@ -52,22 +54,15 @@ class Config:
             "batch_size",
             "evaluate_every",
             "checkpoint_every",
-        ):
-            if getattr(self, name) < 1:
-                self._refuse(name, "a whole number of at least 1")
-        for name in ("temperature", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                self._refuse(name, "a finite number above 0")
+        )
+        check_positive(self, "temperature", "learning_rate")
         if not 0 <= self.alpha <= 1:
-            self._refuse(
+            refuse(
+                self,
                 "alpha",
-                "a number in [0, 1], the weight of the hard-label loss (1 - alpha is "
-                "the soft one's)",
+                "expected a number in [0, 1], the weight of the hard-label loss "
+                "(1 - alpha is the soft one's)",
             )
-
-    def _refuse(self, name: str, expected: str) -> None:
-        option = "--" + name.replace("_", "-")
-        raise ValueError(f"{option}: got {getattr(self, name)}; expected {expected}.")
 
     def settings(self, teacher: str) -> dict[str, Any]:
         """What the numbers of a run depend on, for its checkpoints.

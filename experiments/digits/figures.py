@@ -17,12 +17,12 @@ from experiments.digits.kinds import (
     FEW_SAME_IMAGES,
     Kind,
 )
+from experiments.jobs.curves import INK, Series, clean
 from kdjax.tools.report import draw_band
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 _TEACHER, _ALONE = "#3b3f4a", "#e69f00"
 _DISTILLED, _SAME_IMAGES = "#0072b2", "#56b4e9"
-_INK, _FAINT = "#1f2430", "#e3e6ec"
 
 _COLORS = {
     FEW_ALONE: _ALONE,
@@ -31,13 +31,6 @@ _COLORS = {
     ALL_ALONE: _ALONE,
     ALL_DISTILLED: _DISTILLED,
 }
-
-
-class Series(NamedTuple):
-    """One metric of one kind of student: steps ``[N]``, values ``[seeds, N]``."""
-
-    steps: Sequence[int]
-    runs: Sequence[Sequence[float]]
 
 
 class Curves(NamedTuple):
@@ -81,11 +74,11 @@ def curves(every: Mapping[Kind, Curves], titles: tuple[str, str]) -> Figure:
             axes.set_yscale(scale)
             axes.yaxis.set_minor_formatter(NullFormatter())
             if row == 0:
-                axes.set_title(what, fontsize=11, loc="left", color=_INK)
-            _clean(axes)
-        grid[row, 0].set_ylabel(title, fontsize=11, color=_INK, fontweight="bold")
+                axes.set_title(what, fontsize=11, loc="left", color=INK)
+            clean(axes)
+        grid[row, 0].set_ylabel(title, fontsize=11, color=INK, fontweight="bold")
     for axes in grid[-1]:
-        axes.set_xlabel("step", color=_INK)
+        axes.set_xlabel("step", color=INK)
     # With all labels there is one kind of distilled student, which sees all images.
     _legend(figure, grid[0, 0])
     return figure
@@ -123,7 +116,7 @@ def soft_targets(examples: Sequence[Example], temperature: float) -> Figure:
     figure.supxlabel(
         f"class, with its probability at temperature {temperature:g}",
         fontsize=11,
-        color=_INK,
+        color=INK,
         y=0.015,
     )
     return figure
@@ -137,7 +130,7 @@ def _bars(axes: Any, example: Example, colors: Sequence[str]) -> None:
     axes.set_xticks(range(len(values)))
     axes.set_ylim(0, 1)
     axes.set_yticks([0, 0.5, 1], ["0", "", "1"])
-    _clean(axes)
+    clean(axes)
     for digit, text in enumerate(axes.get_xticklabels()):
         text.set_fontweight("bold" if digit == example.label else "normal")
 
@@ -147,10 +140,3 @@ def _legend(figure: Figure, axes: Any) -> None:
     figure.legend(
         handles, labels, loc="upper center", ncols=3, frameon=False, fontsize=11
     )
-
-
-def _clean(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=_FAINT, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=9, colors=_INK, length=2)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 from flax import nnx
 from jax import Array
 
 from experiments.digits.data import CLASSES
+from experiments.jobs.networks import seeded_key
 from kdjax import Adapted
 from kdjax.models import from_nnx
 
@@ -59,15 +59,9 @@ def _student(key: Array) -> StudentNet:
 
 def teacher_net(seed: int) -> Adapted:
     """The teacher with the initial weights of a seed."""
-    return from_nnx(_teacher(_key(seed)))
+    return from_nnx(_teacher(seeded_key(seed)))
 
 
 def student_net(seed: int) -> Adapted:
     """The student with the initial weights of a seed."""
-    return from_nnx(_student(_key(seed)))
-
-
-def _key(seed: int) -> Array:
-    # XLA's CPU compiler takes 10 s for three draws by the default generator in one
-    # program, and 1 s for these (jax 0.10.2).
-    return jax.random.key(seed, impl="rbg")
+    return from_nnx(_student(seeded_key(seed)))

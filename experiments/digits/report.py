@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.digits import figures
 from experiments.digits.config import Config
-from experiments.digits.data import CLASSES, Digits
+from experiments.digits.data import CLASSES
 from experiments.digits.kinds import (
     ALL_ALONE,
     ALL_DISTILLED,
@@ -23,7 +23,9 @@ from experiments.digits.kinds import (
     KINDS,
     Kind,
 )
-from experiments.digits.runs import Result
+from experiments.jobs.curves import series
+from experiments.jobs.data import Parts
+from experiments.jobs.trainings import Result
 from kdjax.tools.report import Table, image, mean_and_spread, page, png, write_whole
 
 _COLUMNS = (
@@ -114,7 +116,7 @@ def findings(results: Results, config: Config) -> list[str]:
     return lines
 
 
-def write(config: Config, digits: Digits, results: Results) -> Path:
+def write(config: Config, digits: Parts, results: Results) -> Path:
     """Writes table, figures and page into the output folder; returns the page."""
     out = config.out
     shown = table(results, config)
@@ -204,13 +206,10 @@ def _curves(config: Config) -> dict[Kind, figures.Curves]:
     """The records of all students."""
     curves = {}
     for kind in KINDS:
-        runs = []
-        for seed in range(config.seeds):
-            path = kind.folder(config.out, seed) / "metrics.jsonl"
-            runs.append([json.loads(line) for line in path.read_text().splitlines()])
+        folders = [kind.folder(config.out, seed) for seed in range(config.seeds)]
         curves[kind] = figures.Curves(
             {
-                name: _series(runs, of, name)
+                name: series(folders, of, name)
                 for of, name in (
                     ("train", "loss"),
                     ("eval", "student_accuracy"),
@@ -221,13 +220,7 @@ def _curves(config: Config) -> dict[Kind, figures.Curves]:
     return curves
 
 
-def _series(runs: list[list[dict]], kind: str, name: str) -> figures.Series:
-    records = [[each for each in run if each["kind"] == kind] for run in runs]
-    steps = [each["step"] for each in records[0]]
-    return figures.Series(steps, [[each[name] for each in run] for run in records])
-
-
-def _examples(config: Config, digits: Digits) -> list[figures.Example]:
+def _examples(config: Config, digits: Parts) -> list[figures.Example]:
     """Of each class the test digit that the teacher is least sure of."""
     folders = {
         "teacher": config.out / "teacher",

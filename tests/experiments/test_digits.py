@@ -15,13 +15,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments.digits import data
 from experiments.digits.config import Config
-from experiments.digits.data import hide_labels, labelled_only, load, shift
-from experiments.digits.interruption import Interrupted, Sigterm
+from experiments.digits.data import load, shift
 from experiments.digits.kinds import KINDS
 from experiments.digits.main import main
 from experiments.digits.model import student_net, teacher_net
+from experiments.jobs.data import UNLABELLED, hide_labels, labelled_only
+from experiments.jobs.interruption import Interrupted, Sigterm
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,7 +117,7 @@ def test_labels_are_hidden_but_for_so_many_per_class():
     few = hide_labels(train, 3, seed=1)
     kept = labelled_only(few)
     assert np.bincount(kept["label"]).tolist() == [3] * 10
-    assert set(few["label"]) == {data.UNLABELLED, *range(10)}
+    assert set(few["label"]) == {UNLABELLED, *range(10)}
     shown = few["label"] >= 0
     np.testing.assert_array_equal(few["label"][shown], train["label"][shown])
     other = hide_labels(train, 3, seed=2)["label"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,17 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from experiments.digits.config import Config
-from experiments.digits.data import CLASSES, Digits, Images
-from experiments.digits.interruption import Interrupted, Sigterm
-from kdjax import Adapted, Model, Objective, Teacher, make_train_step, teachers
+from experiments.jobs.data import Images, Parts
+from experiments.jobs.evaluation import Evaluator
+from experiments.jobs.interruption import Interrupted, Sigterm
+from kdjax import Adapted, Objective, Teacher, make_train_step, teachers
 from kdjax.io.checkpoints import Checkpoints
-from kdjax.io.input import Transform, batches, padded_batches
+from kdjax.io.input import Transform, batches
 from kdjax.io.logs import JsonLines, ProgressBar, TensorBoard
 from kdjax.tools.report import write_whole
-from kdjax.train import (
-    DistillState,
-    evaluate,
-    fit,
-    init_state,
-    make_eval_step,
-    make_mesh,
-    place,
-    place_step,
-)
-from kdjax.train.evaluation import Sums
-from kdjax.train.loop import Step
-from kdjax.types import Batch, PyTree
+from kdjax.train import DistillState, fit, init_state, make_mesh, place, place_step
+from kdjax.train.loop import Batches, Step
+from kdjax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +35,31 @@ class Job:
     """What all trainings share.
 
     Attributes:
-      config: the command line.
       settings: what the numbers depend on; checkpoints with others are refused.
-      digits: the data.
+      parts: the data.
+      classes: how many there are.
+      batch_size: images per step, over all devices.
       console: where to print.
       sigterm: notices what ``fit`` does not tell of.
-      teacher: from an earlier run, ``None`` if it is trained here.
+      tensorboard: whether to write events for it too.
     """
 
-    config: Config
     settings: Mapping[str, Any]
-    digits: Digits
+    parts: Parts
+    classes: int
+    batch_size: int
     console: Console
     sigterm: Sigterm
-    teacher: Adapted | None = None
+    tensorboard: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """How long a training is, and how often it is measured and saved, in steps."""
+
+    steps: int
+    evaluate_every: int
+    checkpoint_every: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,31 +104,18 @@ class _StepTimes:
         pass
 
 
-@functools.lru_cache
-def _compiled_eval_step(student: Model, teacher: Teacher) -> Callable[..., Sums]:
-    """One program for all trainers of the same student and teacher."""
-    return jax.jit(make_eval_step(student, teacher))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(model: Model, state: DistillState, batch: Batch) -> jax.Array:
-    outputs, _ = model.apply(
-        state.params["student"], state.model_state, batch, rng=None, train=False
-    )
-    return outputs.dense_logits()
-
-
 class Trainer:
     """Trains networks of one architecture with one objective, one per seed.
 
     Args:
       job: what all trainings share.
       net: the architecture; its arrays serve as a template.
-      teacher: from ``teachers.frozen``, what it is distilled from or compared with;
-        ``None`` if there is none.
+      teacher: from ``teachers.frozen``, what it is distilled from; ``None`` if there
+        is none.
       objective: what is trained for.
-      learning_rate: the peak.
-      steps: optimizer steps.
+      optimizer: with its schedule.
+      length: in steps.
+      evaluator: measures it.
       transform: augments batches.
     """
 
@@ -137,19 +125,19 @@ class Trainer:
         net: Adapted,
         teacher: tuple[Teacher, PyTree] | None,
         objective: Objective,
+        optimizer: optax.GradientTransformation,
         *,
-        learning_rate: float,
-        steps: int,
+        length: Length,
+        evaluator: Evaluator,
         transform: Transform | None = None,
     ):
         self._job = job
-        self._steps = steps
+        self._length = length
+        self._evaluator = evaluator
         self._transform = transform
-        self._has_teacher = teacher is not None
         # Without one, no term asks for the teacher's outputs, and the compiler leaves
         # its forward pass out.
         source, frozen = teacher or teachers.frozen(net)
-        optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, steps))
         self._parts = (source, objective, optimizer)
         self._mesh = make_mesh()
         self._frozen = place(frozen, self._mesh)
@@ -160,15 +148,11 @@ class Trainer:
         else:
             template = self.initial(net, seed=0)
             self._step = place_step(step, self._mesh, state=template, frozen=frozen)
-        self._eval_step = _compiled_eval_step(net.model, source)
-        self._model = net.model
 
     def initial(self, net: Adapted, seed: int) -> DistillState:
         """The state that a training starts from."""
-        batch: Any = {
-            name: array[: self._job.config.batch_size]
-            for name, array in self._job.digits.train.items()
-        }
+        # For shapes only.
+        batch: Any = next(self._batches(self._job.parts.train, seed))
         state = init_state(
             net,
             *self._parts,
@@ -192,17 +176,7 @@ class Trainer:
         Raises:
           Interrupted: a SIGTERM came; the training is saved.
         """
-        config = self._job.config
-        devices = jax.device_count()
-        source = batches(
-            images,
-            batch_size=min(config.batch_size, len(images["x"]) // devices * devices),
-            seed=seed,
-            transform=self._transform,
-            num_classes=CLASSES,
-        )
         times = _StepTimes()
-        validation = self._evaluation(self._job.digits.validation)
         with contextlib.ExitStack() as stack:
             checkpoints = Checkpoints(
                 folder / "checkpoints",
@@ -211,9 +185,9 @@ class Trainer:
             )
             writers: list[JsonLines | ProgressBar | TensorBoard] = [
                 JsonLines(folder / "metrics.jsonl"),
-                ProgressBar(self._steps, console=self._job.console),
+                ProgressBar(self._length.steps, console=self._job.console),
             ]
-            if config.tensorboard:
+            if self._job.tensorboard:
                 writers.append(TensorBoard(folder / "tensorboard"))
             for opened in (checkpoints, *writers):
                 stack.callback(opened.close)
@@ -221,12 +195,12 @@ class Trainer:
                 self._step,
                 self.initial(net, seed),
                 self._frozen,
-                source,
-                steps=self._steps,
-                evaluate=lambda state: self.measure(state, validation),
-                evaluate_every=config.evaluate_every,
+                self._batches(images, seed),
+                steps=self._length.steps,
+                evaluate=self._evaluator.along_the_way,
+                evaluate_every=self._length.evaluate_every,
                 checkpoints=checkpoints,
-                checkpoint_every=config.checkpoint_every,
+                checkpoint_every=self._length.checkpoint_every,
                 writers=[*writers, times],
             )
         if result.interrupted:
@@ -235,32 +209,51 @@ class Trainer:
         self.finish(folder, result.state, times.median())
         return result.state
 
-    def measure(self, state: DistillState, parts: list[Batch]) -> dict[str, float]:
-        """Student and teacher side by side; without a teacher the student alone."""
-        if self._has_teacher:
-            return evaluate(self._eval_step, state, self._frozen, parts)
-        itself = {"params": state.params["student"], "model_state": state.model_state}
-        scores = evaluate(self._eval_step, state, itself, parts)
-        return {
-            name: value for name, value in scores.items() if name.startswith("student_")
-        }
-
     def finish(self, folder: Path, state: DistillState, step_ms: float | None) -> None:
         """Writes the logits of the test part, then the result, which ends the run."""
         if Result.read(folder) is not None:
             return
-        test = self._evaluation(self._job.digits.test)
-        logits = np.asarray(_logits(self._model, state, test[0]))
         buffer = io.BytesIO()
-        np.save(buffer, logits[: len(self._job.digits.test["x"])])
+        np.save(buffer, self._evaluator.test_logits(state))
         write_whole(folder / "test_logits.npy", buffer.getvalue())
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params["student"]))
-        result = Result(parameters, self.measure(state, test), step_ms)
+        result = Result(parameters, self._evaluator.test(state), step_ms)
         write_whole(folder / "result.json", json.dumps(dataclasses.asdict(result)))
 
-    def _evaluation(self, images: Images) -> list[Batch]:
-        """One batch, of the same shape for validation and test: one program."""
-        digits = self._job.digits
-        size = max(len(digits.validation["x"]), len(digits.test["x"]))
-        whole = padded_batches(images, batch_size=size, num_classes=CLASSES)
-        return [place(batch, self._mesh) for batch in whole]
+    def stopwatch(
+        self, net: Adapted, images: Images, steps: int
+    ) -> Callable[[], float]:
+        """A training to measure time on, of which nothing is kept.
+
+        Args:
+          net: with any arrays.
+          images: what it learns from.
+          steps: how many each call of the result goes on for.
+
+        Returns:
+          A function that trains on and returns the seconds of one step. Its first
+          call may compile.
+        """
+        state = self.initial(net, seed=0)
+        source = self._batches(images, seed=0)
+
+        def seconds() -> float:
+            nonlocal state
+            started = time.perf_counter()
+            for _ in range(steps):
+                state, _ = self._step(state, self._frozen, next(source))
+            jax.block_until_ready(state)
+            return (time.perf_counter() - started) / steps
+
+        return seconds
+
+    def _batches(self, images: Images, seed: int) -> Batches:
+        devices = jax.device_count()
+        most = len(images["x"]) // devices * devices
+        return batches(
+            images,
+            batch_size=min(self._job.batch_size, most),
+            seed=seed,
+            transform=self._transform,
+            num_classes=self._job.classes,
+        )

@@ -1,0 +1,1 @@
+"""What experiments of many trainings share: start, stop, continue, measure."""

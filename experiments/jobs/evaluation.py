@@ -1,0 +1,108 @@
+"""Networks on the validation and the test part, beside a teacher that ran once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.jobs.data import Images, Parts
+from kdjax import Model, Outputs, Teacher
+from kdjax.io.input import padded_batches
+from kdjax.train import DistillState, evaluate, make_eval_step, make_mesh, place
+from kdjax.types import Batch, PyTree
+
+_LARGEST_BATCH = 1000
+
+# What the teacher says of an image does not change: it is kept beside the image.
+_KNOWN = Teacher(
+    init=lambda params, model_state: (),
+    outputs=lambda frozen, teacher_state, batch: Outputs(batch["teacher_logits"]),
+    update=lambda teacher_state, params, model_state, step: teacher_state,
+)
+
+
+class Evaluator:
+    """Measures trainings of one network.
+
+    Args:
+      model: the network.
+      parts: the data.
+      classes: how many there are.
+      teacher: from ``teachers.frozen``, whom the network is compared with; ``None`` if
+        there is none.
+      test_too: whether the accuracy on the test part is recorded along the way, for
+        the step that validation chooses afterwards.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        parts: Parts,
+        classes: int,
+        teacher: tuple[Teacher, PyTree] | None,
+        *,
+        test_too: bool = False,
+    ):
+        self._mesh = make_mesh()
+        self._teacher = teacher
+        self._test_too = test_too
+        self._eval_step = jax.jit(make_eval_step(model, _KNOWN))
+
+        def student_logits(state: DistillState, batch: Batch) -> jax.Array:
+            arrays = state.params["student"], state.model_state
+            shown, _ = model.apply(*arrays, batch, rng=None, train=False)
+            return shown.dense_logits()
+
+        def teacher_logits(frozen: PyTree, batch: Batch) -> jax.Array:
+            assert teacher is not None
+            return teacher[0].outputs(frozen, (), batch).dense_logits()
+
+        self._student_logits = jax.jit(student_logits)
+        self._teacher_logits = jax.jit(teacher_logits)
+        self._classes = classes
+        # Batches of one shape for both parts: one program.
+        longest = max(len(parts.validation["x"]), len(parts.test["x"]))
+        self._batch_size = min(longest, _LARGEST_BATCH)
+        self._test_images = len(parts.test["x"])
+        self._validation = self._batches(parts.validation)
+        self._test = self._batches(parts.test)
+
+    def along_the_way(self, state: DistillState) -> dict[str, float]:
+        """What a training records of itself."""
+        scores = self._scores(state, self._validation)
+        if self._test_too:
+            scores["test_accuracy"] = self.test(state)["student_accuracy"]
+        return scores
+
+    def test(self, state: DistillState) -> dict[str, float]:
+        """All scores on the test part."""
+        return self._scores(state, self._test)
+
+    def test_logits(self, state: DistillState) -> np.ndarray:
+        """What the network says of each image of the test part, ``[N, classes]``."""
+        logits = [self._student_logits(state, batch) for batch in self._test]
+        return np.concatenate(logits)[: self._test_images]
+
+    def _scores(self, state: DistillState, part: list[Batch]) -> dict[str, float]:
+        scores = evaluate(self._eval_step, state, {}, part)
+        if self._teacher is not None:
+            return scores
+        return {
+            name: value for name, value in scores.items() if name.startswith("student_")
+        }
+
+    def _batches(self, images: Images) -> list[Batch]:
+        whole = padded_batches(
+            images, batch_size=self._batch_size, num_classes=self._classes
+        )
+        return [self._with_teacher(place(batch, self._mesh)) for batch in whole]
+
+    def _with_teacher(self, batch: dict[str, Any]) -> Batch:
+        if self._teacher is None:
+            # Nobody to compare with: such scores are left out again.
+            nothing = np.zeros((self._batch_size, self._classes), np.float32)
+            return batch | {"teacher_logits": place(nothing, self._mesh)}
+        frozen = place(self._teacher[1], self._mesh)
+        return batch | {"teacher_logits": self._teacher_logits(frozen, batch)}

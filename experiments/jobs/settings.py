@@ -1,0 +1,60 @@
+"""Settings: refused where they are wrong, written down where the runs are."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from kdjax.tools.report import write_whole
+
+
+def option(name: str) -> str:
+    """What a field of a config is called on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def refuse(config: Any, name: str, expected: str) -> NoReturn:
+    """Raises a ``ValueError`` about a field of a config."""
+    raise ValueError(f"{option(name)}: got {getattr(config, name)}; {expected}.")
+
+
+def check_counts(config: Any, *names: str) -> None:
+    """Refuses fields that are below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            refuse(config, name, "expected a whole number of at least 1")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Refuses fields that are not finite and above 0."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            refuse(config, name, "expected a finite number above 0")
+
+
+def claim(out: Path, settings: Mapping[str, Any]) -> None:
+    """Writes the settings down in the folder, or refuses it if it holds others."""
+    path = out / "settings.json"
+    try:
+        if not path.exists():
+            write_whole(path, json.dumps(settings, indent=2))
+        there = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"--out: cannot use {out} ({error}); expected a folder, there or to be "
+            "made, that this user may write to."
+        ) from error
+    differing = [
+        f"  {option(name)}: {there.get(name)} there, {value} now"
+        for name, value in settings.items()
+        if there.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"--out: {out} holds runs with other settings:\n"
+            + "\n".join(differing)
+            + "\nGo back to those, or choose another folder."
+        )
