@@ -1,0 +1,51 @@
+"""What a method costs: its step beside that of plain training, in turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+from experiments.jobs.data import Images
+from experiments.jobs.trainings import Trainer
+from kdjax import Adapted
+from kdjax.tools.report import write_whole
+
+_ROUNDS, _STEPS = 9, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Of one step.
+
+    Attributes:
+      step_ms: median of the rounds, in milliseconds.
+      ratio: median over the rounds of the time by that of plain training, which ran
+        just before in the same process.
+    """
+
+    step_ms: float
+    ratio: float
+
+    @classmethod
+    def read(cls, folder: Path) -> Timing | None:
+        """The timing in a method's folder, ``None`` before it is measured."""
+        path = folder / "timing.json"
+        return cls(**json.loads(path.read_text())) if path.exists() else None
+
+    def write(self, folder: Path) -> None:
+        """Into a method's folder."""
+        write_whole(folder / "timing.json", json.dumps(dataclasses.asdict(self)))
+
+
+def measured(own: Trainer, alone: Trainer, net: Adapted, images: Images) -> Timing:
+    """Times a method beside plain training; both may compile first."""
+    sides = [trainer.stopwatch(net, images, _STEPS) for trainer in (alone, own)]
+    for side in sides:
+        side()
+    rounds = [[side() for side in sides] for _ in range(_ROUNDS)]
+    return Timing(
+        1e3 * statistics.median(ours for _, ours in rounds),
+        statistics.median(ours / plain for plain, ours in rounds),
+    )
