@@ -23,10 +23,13 @@ from experiments.vision.models.features import DISTILLATION
 from kdjax import Objective, losses
 from kdjax.objectives import combine, relations, soft_labels
 
+HARD_WEIGHT, SOFT_WEIGHT, TEMPERATURE = 0.1, 0.9, 4.0
+
 
 def _divergence(loss: Callable[..., Array]) -> Method:
     return lambda setup: combine(
-        hard(setup, 0.1), soft_labels(loss, temperature=4.0, weight=0.9)
+        hard(setup, HARD_WEIGHT),
+        soft_labels(loss, temperature=TEMPERATURE, weight=SOFT_WEIGHT),
     )
 
 

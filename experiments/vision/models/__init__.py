@@ -36,8 +36,8 @@ FAMILIES = (
 """What networks are called."""
 
 _FIXED: Mapping[str, Make] = {
-    "cnn": functools.partial(Cnn, (8, 24, 32)),
-    "cnn_large": functools.partial(Cnn, (32, 64, 128)),
+    "cnn": functools.partial(Cnn, ((8,), (24,), (32,))),
+    "cnn_large": functools.partial(Cnn, ((32,), (48, 48), (96, 96))),
     "mlp": functools.partial(Mlp, 128),
     "vit": functools.partial(VisionTransformer, 64, 6, 4, 4),
 }

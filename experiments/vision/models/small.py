@@ -12,11 +12,30 @@ from experiments.vision.models.features import outputs
 from kdjax import Outputs
 
 
+class ConvNorm(nnx.Module):
+    """A 3x3 convolution and batch normalisation."""
+
+    def __init__(self, channels: int, width: int, stride: int, *, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(
+            channels,
+            width,
+            (3, 3),
+            strides=stride,
+            use_bias=False,
+            kernel_init=nnx.initializers.he_normal(),
+            rngs=rngs,
+        )
+        self.norm = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.norm(self.conv(x))
+
+
 class Cnn(nnx.Module):
-    """Three stages of a 3x3 convolution with stride 2, batch normalisation and ReLU.
+    """Stages of convolutions with ReLU, the first of each with stride 2.
 
     Args:
-      widths: channels after each stage.
+      widths: channels of the convolutions of each stage.
       shape: height, width and channels of an image.
       classes: how many there are.
       rngs: of the initial weights.
@@ -24,30 +43,30 @@ class Cnn(nnx.Module):
 
     def __init__(
         self,
-        widths: Sequence[int],
+        widths: Sequence[Sequence[int]],
         shape: tuple[int, int, int],
         classes: int,
         *,
         rngs: nnx.Rngs,
     ):
-        channels = (shape[-1], *widths)
-        he = nnx.initializers.he_normal()
-        self.convs = nnx.List(
-            nnx.Conv(
-                *pair, (3, 3), strides=2, use_bias=False, kernel_init=he, rngs=rngs
-            )
-            for pair in zip(channels, widths, strict=False)
-        )
-        self.norms = nnx.List(
-            nnx.BatchNorm(width, momentum=0.9, rngs=rngs) for width in widths
-        )
-        self.head = nnx.Linear(widths[-1], classes, rngs=rngs)
+        channels, stages = shape[-1], []
+        for stage in widths:
+            layers = []
+            for index, width in enumerate(stage):
+                stride = 2 if index == 0 else 1
+                layers.append(ConvNorm(channels, width, stride, rngs=rngs))
+                channels = width
+            stages.append(nnx.List(layers))
+        self.stages = nnx.List(stages)
+        self.head = nnx.Linear(channels, classes, rngs=rngs)
 
     def __call__(self, x: Array) -> Outputs:
         before = []
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            before.append(norm(conv(x)))
-            x = nnx.relu(before[-1])
+        for stage in self.stages:
+            for layer in stage:
+                last = layer(x)
+                x = nnx.relu(last)
+            before.append(last)
         embedding = x.mean((1, 2))
         return outputs(self.head(embedding), embedding, before)
 

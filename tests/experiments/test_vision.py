@@ -1,0 +1,493 @@
+"""The vision benchmark: data, views, networks, methods, and the job as a whole."""
+
+import gzip
+import json
+import re
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.jobs.data import labelled_only
+from experiments.vision import data
+from experiments.vision.augmentation import Augmentation
+from experiments.vision.config import Config
+from experiments.vision.main import main
+from experiments.vision.methods import (
+    ALONE,
+    METHODS,
+    Setup,
+    Unfit,
+    chosen,
+    objective,
+)
+from experiments.vision.models import Statistics, network
+from kdjax import Outputs, make_train_step, teachers
+from kdjax.io.input import batches
+from kdjax.train import init_state
+
+SHAPE, CLASSES = (8, 8, 1), 4
+
+
+def write_idx(path, array):
+    content = b"\0\0\x08" + bytes([array.ndim])
+    content += b"".join(struct.pack(">I", size) for size in array.shape)
+    content += array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def write_set(folder, shape=SHAPE, train=96, test=40, suffix=""):
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    axes = "idx3" if shape[-1] == 1 else "idx4"
+    for part, count in (("train", train), ("t10k", test)):
+        size = shape[:-1] if shape[-1] == 1 else shape
+        x = rng.integers(0, 256, (count, *size))
+        write_idx(folder / f"{part}-images-{axes}-ubyte{suffix}", x)
+        labels = np.arange(count) % CLASSES
+        write_idx(folder / f"{part}-labels-idx1-ubyte{suffix}", labels)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("shape", "suffix"), [(SHAPE, ""), (SHAPE, ".gz"), ((6, 9, 3), ".gz")]
+)
+def test_idx_files_of_any_size(tmp_path, shape, suffix):
+    images = data.load(write_set(tmp_path, shape, suffix=suffix), validation=16)
+    assert images.shape == shape
+    assert images.classes == CLASSES
+    assert [len(part["x"]) for part in images.parts] == [80, 16, 40]
+    assert images.parts.train["x"].dtype == np.uint8
+    again = data.load(tmp_path, validation=16)
+    assert again.fingerprint == images.fingerprint
+    np.testing.assert_array_equal(again.parts.train["x"], images.parts.train["x"])
+    together = np.concatenate([images.parts.train["x"], images.parts.validation["x"]])
+    assert len(np.unique(together.reshape(96, -1), axis=0)) == 96
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_cifar(tmp_path, classes):
+    rng = np.random.default_rng(0)
+    extra = [7] if classes == 100 else []
+    folder = tmp_path / (
+        "cifar-100-binary" if classes == 100 else "cifar-10-batches-bin"
+    )
+    folder.mkdir()
+    names = [f"data_batch_{n}.bin" for n in range(1, 6)] + ["test_batch.bin"]
+    names = names if classes == 10 else ["train.bin", "test.bin"]
+    first = rng.integers(0, 256, (3, 32, 32), np.uint8)
+    for name in names:
+        records = [
+            bytes([*extra, label])
+            + (first if label == 0 else rng.integers(0, 256, (3, 32, 32), np.uint8))
+            .transpose(0, 1, 2)
+            .tobytes()
+            for label in range(classes)
+        ]
+        (folder / name).write_bytes(b"".join(records))
+    # Found beside others, or pointed at.
+    for place in (tmp_path, folder):
+        images = data.load(place, validation=1)
+        assert images.shape == (32, 32, 3)
+        assert images.classes == classes
+    test = images.parts.test
+    assert test["label"].tolist() == list(range(classes))
+    np.testing.assert_array_equal(test["x"][0], first.transpose(1, 2, 0))
+
+
+def cut_short(folder):
+    path = folder / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def wrong_magic(folder):
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(b"\0\0\x0d\x01\0\0\0\1\0")
+
+
+def too_few_labels(folder):
+    write_idx(folder / "train-labels-idx1-ubyte", np.zeros(95))
+
+
+def no_test_images(folder):
+    (folder / "t10k-images-idx3-ubyte").unlink()
+
+
+def broken_gzip(folder):
+    path = folder / "train-labels-idx1-ubyte"
+    path.unlink()
+    path.with_name(path.name + ".gz").write_bytes(gzip.compress(b"\0" * 99)[:20])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (cut_short, r"train-images-idx3-ubyte: got 6155 bytes; expected 6160 .*short"),
+        (wrong_magic, r"t10k-labels-idx1-ubyte: starts with 00 00 0d 01; expected"),
+        (too_few_labels, r"train-labels-idx1.* got shape \(95,\); .* each of the 96"),
+        (no_test_images, r"has none; expected one file like \*t10k\*images"),
+        (broken_gzip, r"train-labels-idx1-ubyte.gz: .*expected a whole file"),
+    ],
+)
+def test_bad_files_are_refused(spoil, told, tmp_path, capsys):
+    spoil(write_set(tmp_path / "set"))
+    given = [f"--data-dir={tmp_path / 'set'}", f"--out={tmp_path / 'out'}"]
+    assert main(given) == 2
+    assert re.search(told, capsys.readouterr().err.replace("\n", " "))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_images_it_is_told_how_to_get_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "PLACES", (tmp_path / "none",))
+    assert main([f"--out={tmp_path / 'out'}"]) == 2
+    assert "apt-get download dataset-fashion-mnist" in capsys.readouterr().err
+
+
+def test_a_cut_cifar_file_is_refused(tmp_path):
+    folder = tmp_path / "cifar-100-binary"
+    folder.mkdir()
+    (folder / "train.bin").write_bytes(b"\0" * 3074)
+    (folder / "test.bin").write_bytes(b"\0" * 3000)
+    with pytest.raises(ValueError, match=r"test.bin: got 3000 bytes; .* 3074"):
+        data.load(tmp_path, validation=1)
+
+
+def viewed(augmentation, batch_size, count=24):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "x": rng.integers(0, 256, (count, *SHAPE)).astype(np.uint8),
+        "label": np.arange(count) % CLASSES,
+    }
+    source = batches(
+        arrays, batch_size=batch_size, seed=3, epochs=1, transform=augmentation
+    )
+    return arrays, list(source)
+
+
+def test_views_do_not_depend_on_the_batch():
+    seen = []
+    for size in (4, 12):
+        _, given = viewed(Augmentation(padding=2), size)
+        pairs = [
+            (int(index), x.tobytes())
+            for batch in given
+            for index, x in zip(batch["index"], batch["x"], strict=True)
+        ]
+        seen.append(dict(pairs))
+    assert seen[0] == seen[1]
+    arrays, given = viewed(Augmentation(padding=2), 24)
+    assert given[0]["x"].dtype == np.uint8
+    moved = [
+        x.tobytes() != arrays["x"][index].tobytes()
+        for index, x in zip(given[0]["index"], given[0]["x"], strict=True)
+    ]
+    assert sum(moved) > 20
+
+
+def test_without_augmentation_images_stay_as_they_are():
+    arrays, given = viewed(Augmentation(padding=0, flip=False), 24)
+    np.testing.assert_array_equal(given[0]["x"], arrays["x"][given[0]["index"]])
+
+
+def test_mixup_tells_whose_labels_a_blend_has():
+    arrays, given = viewed(Augmentation(padding=0, flip=False, mixup=1.0), 6)
+    for batch in given:
+        mix = batch["mix"][:, None, None, None]
+        own = arrays["x"][batch["index"]].astype(np.float32)
+        other = np.roll(own, 1, axis=0)
+        np.testing.assert_allclose(batch["x"], mix * own + (1 - mix) * other)
+        np.testing.assert_array_equal(
+            batch["partner_label"], np.roll(batch["label"], 1)
+        )
+    assert len({float(batch["mix"][0]) for batch in given}) == len(given)
+
+
+STATISTICS = Statistics(np.array([128.0], np.float32), np.array([64.0], np.float32))
+RGB = Statistics(np.full(3, 128.0, np.float32), np.full(3, 64.0, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "parameters"),
+    [
+        ("resnet8x4", 100, 1_233_540),
+        ("resnet20", 100, 278_324),
+        ("wrn_16_2", 100, 703_284),
+        pytest.param("wrn_40_2", 100, 2_255_156, marks=pytest.mark.slow),
+    ],
+)
+def test_networks_have_the_sizes_of_repdistiller(name, classes, parameters):
+    net = network(name, (32, 32, 3), classes, RGB, seed=0)
+    assert sum(leaf.size for leaf in jax.tree.leaves(net.adapted.params)) == parameters
+    assert net.stages == 3
+
+
+@pytest.mark.parametrize("name", ["cnn", "mlp", "vit"])
+def test_networks_show_their_maps(name):
+    net = network(name, (9, 7, 1), 5, STATISTICS, seed=0)
+    batch = {"x": jnp.zeros((2, 9, 7, 1), jnp.uint8)}
+    arrays = net.adapted.params, net.adapted.model_state
+    shown = [
+        net.adapted.model.apply(*arrays, batch, rng=jax.random.key(0), train=train)[0]
+        for train in (True, False)
+    ]
+    for outputs in shown:
+        assert outputs.logits.shape == (2, 5)
+        assert outputs.features["embedding"].ndim == 2
+        for stage in range(net.stages):
+            assert outputs.features[f"stages/{stage}"].ndim == 4
+    assert net.has_distillation_token == (name == "vit")
+    if net.has_distillation_token:
+        trained, evaluated = shown
+        other = trained.features["distillation"]
+        assert not np.allclose(trained.logits, other)
+        both = (trained.logits + other) / 2
+        np.testing.assert_allclose(evaluated.logits, both, atol=1e-5)
+
+
+def test_the_student_is_small():
+    net = network("cnn", (28, 28, 1), 10, STATISTICS, seed=0)
+    assert sum(leaf.size for leaf in jax.tree.leaves(net.adapted.params)) == 9_170
+
+
+@pytest.mark.parametrize("name", ["resnet9", "resnet2", "wrn_40", "wrn_16_0", "vgg"])
+def test_other_networks_are_refused(name, capsys):
+    with pytest.raises(SystemExit):
+        main([f"--student={name}"])
+    told = capsys.readouterr().err
+    assert "--student" in told
+    assert "cnn_large" in told
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return [network(name, SHAPE, CLASSES, STATISTICS, seed=0) for name in NETS]
+
+
+NETS = ("cnn", "cnn_large")
+
+
+def setup_of(student, teacher, **changed):
+    def margins():
+        shown = jax.eval_shape(
+            lambda: teacher.adapted.model.apply(
+                *teacher.adapted[1:], batch_of(2), rng=None, train=False
+            )[0]
+        ).features
+        widths = [shown[f"stages/{n}"].shape[-1] for n in range(teacher.stages)]
+        return [jnp.full(width, -0.1) for width in widths]
+
+    options = dict(examples=32, steps=24, mixup=False, margins=margins)
+    return Setup(student, teacher, **options | changed)
+
+
+def batch_of(count):
+    rng = np.random.default_rng(0)
+    return {
+        "x": rng.integers(0, 256, (count, *SHAPE)).astype(np.uint8),
+        "label": np.arange(count, dtype=np.int32) % CLASSES,
+        "index": np.arange(count, dtype=np.int32),
+        "partner_label": np.arange(count, dtype=np.int32)[::-1] % CLASSES,
+        "mix": np.full(count, 0.7, np.float32),
+    }
+
+
+def one_step(name, setup):
+    """Metrics of a step, and how far the student's parameters moved."""
+    teacher, frozen = teachers.frozen(setup.teacher.adapted)
+    student = setup.student.adapted
+    parts = teacher, objective(name, setup), optax.sgd(0.01)
+    batch = batch_of(8)
+    state = init_state(
+        student, *parts, frozen=frozen, batch=batch, rng=jax.random.key(0)
+    )
+    state, metrics = jax.jit(make_train_step(student.model, *parts))(
+        state, frozen, batch
+    )
+    moved = jax.tree.map(
+        lambda new, old: float(jnp.abs(new - old).max()),
+        state.params["student"],
+        student.params,
+    )
+    return {key: float(mean.value()) for key, mean in metrics.items()}, moved
+
+
+# The others run with `pytest -m slow`: each compiles a step of its own.
+FAST = {"kd", "dist", "at", "fsp", "rkd+kd", "reviewkd"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+        for name in [*METHODS, "rkd+kd"]
+        if name != "deit"
+    ],
+)
+def test_a_step_by_every_method(name, pair):
+    metrics, moved = one_step(name, setup_of(*pair))
+    assert np.isfinite(list(metrics.values())).all()
+    assert metrics["skipped"] == 0
+    assert metrics["loss"] > 0
+    terms = set(metrics) - {"loss", "grad_norm", "skipped"}
+    assert len(terms) > (name != ALONE)
+    assert min(jax.tree.leaves(moved)) >= 0
+    assert moved["head"]["kernel"] > 0
+
+
+@pytest.mark.slow
+def test_a_step_of_a_transformer_with_its_token(pair):
+    student = network("vit", SHAPE, CLASSES, STATISTICS, seed=0)
+    _, moved = one_step("deit", setup_of(student, pair[1]))
+    assert moved["distillation_head"]["kernel"] > 0
+    _, moved = one_step(ALONE, setup_of(student, pair[1]))
+    assert moved["distillation_head"]["kernel"] == 0
+
+
+def test_methods_that_do_not_fit_are_refused(pair):
+    with pytest.raises(Unfit, match="--student vit"):
+        objective("deit", setup_of(*pair))
+    with pytest.raises(Unfit, match="dkd reads one label"):
+        objective("dkd", setup_of(*pair, mixup=True))
+
+
+def test_mixed_labels_count_by_their_shares(pair):
+    term = objective(ALONE, setup_of(*pair, mixup=True))
+    logits, batch = jnp.eye(4), batch_of(4)
+    batch["partner_label"] = np.array([1, 0, -100, 2], np.int32)
+    outputs = Outputs(logits)
+    terms, _ = term.apply({}, {}, outputs, outputs, batch, jnp.array(0))
+    wrong = np.log(np.e + 3)
+    assert terms["hard"].mean.count == 3
+    expected = 0.7 * (wrong - 1) + 0.3 * wrong
+    np.testing.assert_allclose(terms["hard"].mean.value(), expected, rtol=1e-6)
+
+
+def test_names_of_methods():
+    assert chosen(["kd,at", "at+kd"]) == ["alone", "kd", "at", "at+kd"]
+    assert chosen(["all"]) == list(METHODS)
+    for name in ("kd+kd", "nothing", "at+dkd"):
+        with pytest.raises(ValueError, match=r"--methods: .*reviewkd"):
+            chosen([name])
+
+
+TINY = {
+    "labels": 32,
+    "seeds": 1,
+    "epochs": 1,
+    "teacher-epochs": 1,
+    "batch-size": 8,
+    "validation": 16,
+    "evaluations": 2,
+    "padding": 1,
+}
+
+
+def arguments(folder, **changed):
+    options = TINY | {name.replace("_", "-"): value for name, value in changed.items()}
+    given = [f"--{name}={value}" for name, value in options.items()]
+    return [f"--data-dir={folder / 'set'}", f"--out={folder / 'out'}", *given]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vision")
+    write_set(folder / "set")
+    assert main(arguments(folder, methods="kd")) == 0
+    return folder
+
+
+def test_table_page_and_numbers(finished):
+    out = finished / "out"
+    table = (out / "results.md").read_text()
+    assert len(table.splitlines()) == 2 + 3
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["methods"]) == {"alone", "kd"}
+    for method in results["methods"].values():
+        (run,) = method["runs"]
+        assert 0 <= run["scores"]["student_accuracy"] <= 1
+        assert run["best_step"] in (2, 4)
+        assert method["timing"]["ratio"] > 0
+    assert results["methods"]["alone"]["gains"] == [0]
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+
+
+def test_both_models_saw_the_same_labelled_images(finished):
+    images = data.load(finished / "set", validation=16)
+    kept = labelled_only(images.parts.train)
+    assert len(kept["x"]) == 80
+    records = [
+        json.loads(line)
+        for line in (finished / "out/kd/seed-0/metrics.jsonl").read_text().splitlines()
+    ]
+    assert {record["kind"] for record in records} == {"train", "eval"}
+    evaluated = [record for record in records if record["kind"] == "eval"]
+    assert [record["step"] for record in evaluated] == [2, 4]
+    assert all("test_accuracy" in record for record in evaluated)
+
+
+def test_partly_finished_it_does_only_what_is_missing(finished, capsys):
+    out = finished / "out"
+    names = ("metrics.jsonl", "test_logits.npy", "result.json")
+    before = {name: (out / "kd/seed-0" / name).read_bytes() for name in names}
+    (out / "kd/seed-0/result.json").unlink()
+    assert main(arguments(finished, methods="kd")) == 0
+    printed = capsys.readouterr().out
+    assert "student 1 of 1: kd, seed 0" in printed
+    for name in names[:2]:
+        assert (out / "kd/seed-0" / name).read_bytes() == before[name], name
+    assert main(arguments(finished, methods="kd")) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("labels", "33", r"got 33 for 4 classes; .* a multiple of 4, at most \d+"),
+        ("labels", "4000", "at most"),
+        ("batch-size", "30", "multiple of the 8 device"),
+        ("batch-size", "64", "at most 32"),
+        ("validation", "96", "expected 1 to 95"),
+        ("teacher", "nowhere", "found no checkpoint in nowhere"),
+        ("methods", "deit", "--student vit"),
+        ("flip", "no", "holds runs with other settings"),
+    ],
+)
+def test_refused_before_anything_is_trained(finished, option, value, told, capsys):
+    given = arguments(finished, methods="kd")
+    given = [each for each in given if not each.startswith(f"--{option}=")]
+    given.append("--no-flip" if option == "flip" else f"--{option}={value}")
+    assert main(given) == 2
+    assert re.search(told, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("seeds", "0", "at least 1"),
+        ("learning-rate", "nan", "above 0"),
+        ("mixup", "-1", "at least 0"),
+        ("methods", "distill", "reviewkd"),
+        ("optimizer", "lamb", "adamw"),
+    ],
+)
+def test_refused_options_are_named(option, value, told, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main([f"--{option}", value])
+    assert exited.value.code == 2
+    shown = capsys.readouterr().err
+    assert option in shown
+    assert told in shown
+    assert "Traceback" not in shown
+
+
+def test_every_option_has_a_help_line(capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(["--help"])
+    assert exited.value.code == 0
+    shown = capsys.readouterr().out
+    for name in vars(Config()):
+        assert "--" + name.replace("_", "-") in shown
