@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -46,7 +47,7 @@ class Evaluator:
         test_too: bool = False,
     ):
         self._mesh = make_mesh()
-        self._teacher = teacher
+        self._has_teacher = teacher is not None
         self._test_too = test_too
         self._eval_step = jax.jit(make_eval_step(model, _KNOWN))
 
@@ -55,19 +56,22 @@ class Evaluator:
             shown, _ = model.apply(*arrays, batch, rng=None, train=False)
             return shown.dense_logits()
 
-        def teacher_logits(frozen: PyTree, batch: Batch) -> jax.Array:
-            assert teacher is not None
-            return teacher[0].outputs(frozen, (), batch).dense_logits()
-
         self._student_logits = jax.jit(student_logits)
-        self._teacher_logits = jax.jit(teacher_logits)
-        self._classes = classes
         # Batches of one shape for both parts: one program.
         longest = max(len(parts.validation["x"]), len(parts.test["x"]))
         self._batch_size = min(longest, _LARGEST_BATCH)
         self._test_images = len(parts.test["x"])
-        self._validation = self._batches(parts.validation)
-        self._test = self._batches(parts.test)
+        answer = self._answers(classes, teacher)
+
+        def batches(images: Images) -> list[Batch]:
+            whole = padded_batches(
+                images, batch_size=self._batch_size, num_classes=classes
+            )
+            placed = [place(batch, self._mesh) for batch in whole]
+            return [batch | {"teacher_logits": answer(batch)} for batch in placed]
+
+        self._validation = batches(parts.validation)
+        self._test = batches(parts.test)
 
     def along_the_way(self, state: DistillState) -> dict[str, float]:
         """What a training records of itself."""
@@ -87,22 +91,24 @@ class Evaluator:
 
     def _scores(self, state: DistillState, part: list[Batch]) -> dict[str, float]:
         scores = evaluate(self._eval_step, state, {}, part)
-        if self._teacher is not None:
+        if self._has_teacher:
             return scores
         return {
             name: value for name, value in scores.items() if name.startswith("student_")
         }
 
-    def _batches(self, images: Images) -> list[Batch]:
-        whole = padded_batches(
-            images, batch_size=self._batch_size, num_classes=self._classes
-        )
-        return [self._with_teacher(place(batch, self._mesh)) for batch in whole]
-
-    def _with_teacher(self, batch: dict[str, Any]) -> Batch:
-        if self._teacher is None:
+    def _answers(
+        self, classes: int, teacher: tuple[Teacher, PyTree] | None
+    ) -> Callable[[Batch], jax.Array]:
+        """What the teacher says of a batch, ``[B, classes]``."""
+        if teacher is None:
             # Nobody to compare with: such scores are left out again.
-            nothing = np.zeros((self._batch_size, self._classes), np.float32)
-            return batch | {"teacher_logits": place(nothing, self._mesh)}
-        frozen = place(self._teacher[1], self._mesh)
-        return batch | {"teacher_logits": self._teacher_logits(frozen, batch)}
+            nothing = np.zeros((self._batch_size, classes), np.float32)
+            return lambda batch: place(nothing, self._mesh)
+        source, frozen = teacher
+
+        @jax.jit
+        def logits(frozen: PyTree, batch: Batch) -> jax.Array:
+            return source.outputs(frozen, (), batch).dense_logits()
+
+        return functools.partial(logits, place(frozen, self._mesh))
