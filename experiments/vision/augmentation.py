@@ -26,7 +26,7 @@ class Augmentation:
       mixup: alpha of the Beta distribution of the mix; 0 for none.
     """
 
-    padding: int = 2
+    padding: int = 0
     flip: bool = True
     mixup: float = 0.0
 

@@ -41,9 +41,9 @@ class Config:
     """Labelled training images of each student, as many of each class; 0 for all."""
     unlabelled: bool = False
     """Also show students the training images without labels."""
-    epochs: int = 40
+    epochs: int = 25
     """Passes of every student over its images."""
-    teacher_epochs: int = 8
+    teacher_epochs: int = 10
     """Passes of the teacher over all training images."""
     batch_size: int = 64
     """Images per step, over all devices."""
@@ -55,7 +55,7 @@ class Config:
     """Peak of the teacher's."""
     weight_decay: float = 5e-4
     """Of students and teacher; at least 0."""
-    padding: int = 2
+    padding: int = 0
     """Pixels by which crops move an image; 0 for none. CIFAR's usual value is 4."""
     flip: bool = True
     """Mirror half of the images."""
@@ -63,7 +63,7 @@ class Config:
     """Alpha of mixup's Beta distribution for the students; 0 for none."""
     validation: int = 5000
     """Training images set apart, the same ones always."""
-    evaluations: int = 10
+    evaluations: int = 6
     """Measurements on the validation part over a training."""
     checkpoints: int = 2
     """Checkpoints over a training; the last step always has one."""
