@@ -56,6 +56,9 @@ class Comparison:
     """Where its images are; None looks for Fashion-MNIST."""
     seeds: int = 5
     """Students of either side."""
+    threads: int | None = None
+    """Of PyTorch; as many as there are cores by default. On a machine with other work
+    beside, its threads wait for each other, and fewer are faster."""
 
     def __post_init__(self):
         if not self.torch.expanduser().is_file():
@@ -65,8 +68,10 @@ class Comparison:
                 f"--run: found no settings.json in {self.run}; expected the folder of "
                 "a job, `python -m experiments.vision --out` that folder."
             )
-        if self.seeds < 1:
-            raise ValueError(f"--seeds: got {self.seeds}; expected at least 1.")
+        for name in ("seeds", "threads"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"--{name}: got {number}; expected at least 1.")
 
 
 class Answer(NamedTuple):
@@ -108,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train = _with_kdjax(side)
     with tempfile.TemporaryDirectory() as folder:
         _write_shared(side, Path(folder))
-        with _torch(options.torch, folder) as ask:
+        with _torch(options, folder) as ask:
             for seed in range(options.seeds):
                 path = Path(folder) / f"seed-{seed}.npz"
                 given = list(side.batches(seed))
@@ -116,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ours.append(train(seed, given))
                 theirs.append(ask(seed))
                 path.unlink()
-                print(f"seed {seed}: kdjax {ours[-1]}, PyTorch {theirs[-1]}")
+                print(
+                    f"seed {seed}: kdjax {ours[-1]}, PyTorch {theirs[-1]}", flush=True
+                )
     for name, answers in (("kdjax", ours), ("PyTorch", theirs)):
         accuracy = mean_and_spread([a.accuracy for a in answers], digits=2, scale=100)
         times = mean_and_spread([a.seconds for a in answers], digits=2, scale=1e3)
@@ -215,10 +222,11 @@ def _write_student(
 
 
 @contextlib.contextmanager
-def _torch(python: Path, folder: str) -> Iterator[Callable[[int], Answer]]:
+def _torch(options: Comparison, folder: str) -> Iterator[Callable[[int], Answer]]:
     """A process of PyTorch that trains the student of a seed when it is asked to."""
-    threads = len(os.sched_getaffinity(0))
-    command = [str(python.expanduser()), "-m", "experiments.vision.torch_kd"]
+    python = options.torch.expanduser()
+    threads = options.threads or len(os.sched_getaffinity(0))
+    command = [str(python), "-m", "experiments.vision.torch_kd"]
     command += ["--folder", folder, "--threads", str(threads)]
     pipe = subprocess.PIPE
     with subprocess.Popen(
