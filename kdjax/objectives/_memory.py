@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -15,9 +16,9 @@ from kdjax.losses._labels import widened
 from kdjax.losses._vectors import product, unit
 from kdjax.objectives._keys import by_example
 from kdjax.objectives._relations import embedding
-from kdjax.objectives._terms import MASK, check_weight, counted, entry, now
+from kdjax.objectives._terms import MASK, counted, entry, remembering
 from kdjax.objectives.projectors import linear
-from kdjax.types import Batch, Mean, Objective, Outputs, PyTree, Scheduled, Term
+from kdjax.types import Batch, Mean, Objective, Outputs, PyTree, Scheduled
 
 _SIDES = ("student", "teacher")
 
@@ -100,36 +101,32 @@ def contrastive_memory(
     _checks.whole(dataset_size=dataset_size, width=width, negatives=negatives)
     _checks.positive(temperature=temperature)
     _checks.fraction(momentum=momentum)
-    check_weight(name, weight)
     if dataset_size < 2:
         raise ValueError("dataset_size: got 1; expected others to compare with.")
     groups = None if classes is None else _grouped(np.asarray(classes), dataset_size)
     paths = dict(zip(_SIDES, (student, teacher), strict=True))
 
-    def vectors(student: Outputs, teacher: Outputs) -> dict[str, Array]:
-        outputs = dict(zip(_SIDES, (student, teacher), strict=True))
+    def vectors(*outputs: Outputs) -> dict[str, Array]:
         return {
-            side: embedding(outputs[side], path, f"term {name!r}: the {side}", pool)
-            for side, path in paths.items()
+            side: embedding(each, paths[side], f"term {name!r}: the {side}", pool)
+            for side, each in zip(_SIDES, outputs, strict=True)
         }
 
     def init(rng: Array, student: Outputs, teacher: Outputs) -> PyTree:
         specs = jax.eval_shape(vectors, student, teacher)
         return {
-            side: linear().init(
-                jax.random.fold_in(rng, i), specs[side].shape[-1], width
-            )
-            for i, side in enumerate(_SIDES)
+            side: linear().init(key, specs[side].shape[-1], width)
+            for side, key in zip(_SIDES, jax.random.split(rng), strict=True)
         }
 
-    def apply(
+    def compute(
         params: PyTree,
         state: PyTree,
         student: Outputs,
         teacher: Outputs,
         batch: Batch,
         step: Array,
-    ) -> tuple[dict[str, Term], PyTree]:
+    ) -> tuple[Mean, PyTree]:
         own = entry(batch, index, "index")
         mask = counted(batch, where, own.shape, None)
         seen = {
@@ -139,9 +136,10 @@ def contrastive_memory(
         drawn = _others(own, by_example(own, step, seed), negatives, state)
         examples = jnp.concatenate([own[:, None], drawn], 1)
         rows, changed = _compared(seen, state, examples, mask, temperature, momentum)
-        return {name: Term(now(weight, step), Mean.of(rows, mask))}, changed
+        return Mean.of(rows, mask), changed
 
-    return Objective(init, lambda: _first(dataset_size, width, groups, seed), apply)
+    first = functools.partial(_first, dataset_size, width, groups, seed)
+    return remembering(name, weight, compute, init, first)
 
 
 def _first(

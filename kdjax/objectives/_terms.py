@@ -35,6 +35,28 @@ def single(
     name: str, weight: Scheduled, compute: Compute, init: Init = nothing
 ) -> Objective:
     """An objective of one term, without a state."""
+
+    def unmoved(
+        params: PyTree,
+        state: PyTree,
+        student: Outputs,
+        teacher: Outputs,
+        batch: Batch,
+        step: Array,
+    ) -> tuple[Mean, PyTree]:
+        return compute(params, student, teacher, batch, step), state
+
+    return remembering(name, weight, unmoved, init, dict)
+
+
+def remembering(
+    name: str,
+    weight: Scheduled,
+    compute: Callable[..., tuple[Mean, PyTree]],
+    init: Init,
+    init_state: Callable[[], PyTree],
+) -> Objective:
+    """An objective of one term that moves a state; ``compute`` gets it second."""
     check_weight(name, weight)
 
     def apply(
@@ -45,10 +67,10 @@ def single(
         batch: Batch,
         step: Array,
     ) -> tuple[dict[str, Term], PyTree]:
-        mean = compute(params, student, teacher, batch, step)
+        mean, state = compute(params, state, student, teacher, batch, step)
         return {name: Term(now(weight, step), mean)}, state
 
-    return Objective(init, dict, apply)
+    return Objective(init, init_state, apply)
 
 
 def feature(outputs: Outputs, path: str, who: str) -> Array:

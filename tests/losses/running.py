@@ -4,7 +4,6 @@ import jax
 from jax.sharding import AxisType
 
 
-
 def _known(option):
     """Whether the compiler of this version of JAX has an option."""
     try:
