@@ -13,8 +13,8 @@ def _known(option):
     return True
 
 
-# A half of the time to compile, or a third where the newer code generator of fusions
-# can be left out; eager calls use the defaults.
+# Leaves about half of the time to compile, and a quarter where the newer generator of
+# code for fusions can be left out; eager calls use the defaults.
 QUICK: dict[str, int] = {"xla_backend_optimization_level": 0}
 if _known("xla_cpu_use_fusion_emitters"):
     QUICK["xla_cpu_use_fusion_emitters"] = False

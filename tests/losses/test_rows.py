@@ -4,6 +4,7 @@ The other tests run on eight devices, hence on all rows at once; here are the bl
 a lone CPU, and the fewer passes of a TPU.
 """
 
+import functools
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import pytest
 
 from kdjax import losses
 from kdjax.losses import _rows
+from tests.losses.running import QUICK
 
 OF_LABELS = {"knowledge_distillation", "cross_entropy"}
 NAMES = [
@@ -41,7 +43,7 @@ def value_and_gradients(name, student, teacher, labels, **options):
         extra = (labels,) if name in OF_LABELS else ()
         return getattr(losses, name)(*sides, *extra, **options)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def program(student, teacher):
         rows, pull = jax.vjp(loss, student, teacher)
         return rows, *pull(jnp.ones_like(rows))
@@ -123,11 +125,14 @@ def test_vmap_and_second_derivatives_in_blocks(in_blocks, x64):
         grad = jax.grad(total)
         return jax.jvp(grad, (student,), (teacher,))[1]
 
-    jax.clear_caches()
-    expected = jax.vmap(curvature)(student, teacher)
+    def run():
+        jax.clear_caches()
+        program = jax.jit(jax.vmap(curvature), compiler_options=QUICK)
+        return program(student, teacher)
+
+    expected = run()
     in_blocks()
-    jax.clear_caches()
-    found = jax.vmap(curvature)(student, teacher)
+    found = run()
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-13)
 
 
