@@ -60,15 +60,12 @@ def test_ratio_is_of_neighbouring_runs():
     assert (core.ratio, core.met) == (1.0, None)
 
 
-@pytest.mark.parametrize("markdown", [False, True])
-def test_runs(tmp_path, capsys, monkeypatch, markdown):
+def test_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(traffic, "available", lambda: False)
     tiny = {"tiny": step.SIZES["tiny"]._replace(steps=2)}
     monkeypatch.setattr(step.figures, "__defaults__", (tiny,))
     path = tmp_path / "figures.json"
-    config = losses.Config(
-        tokens=4, vocabulary=16, repeats=2, markdown=markdown, json=path
-    )
+    config = losses.Config(tokens=4, vocabulary=16, repeats=2, json=path)
     figures = losses.main(config)
     printed = capsys.readouterr().out
     assert "traffic: skipped" in printed
@@ -76,6 +73,12 @@ def test_runs(tmp_path, capsys, monkeypatch, markdown):
         assert name in printed
     saved = json.loads(path.read_text())
     assert len(saved["figures"]) == len(figures) == len(LOSSES) * 3 + 3
+    # The same figures once more, for a README.
+    report.show(figures, ["a note"], markdown=True)
+    printed = capsys.readouterr().out
+    assert "| " + " | ".join(report.HEADER) + " |" in printed
+    assert all(" | ".join(figure.cells()) in printed for figure in figures)
+    assert printed.endswith("targets met\n")
 
 
 def test_a_python_without_torch_is_named(tmp_path):

@@ -1,8 +1,5 @@
 """Feature terms by path, pairs and tuples, and relations of features."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -146,35 +143,3 @@ def test_a_distillation_token_has_its_own_logits():
     bad = objectives.soft_labels(losses.forward_kl, student="token")
     with pytest.raises(ValueError, match="the student gives no feature 'token'"):
         bad.apply({}, {}, student, THEIRS, batch, jnp.array(0))
-
-
-@pytest.mark.parametrize("pool", [False, True])
-def test_a_projected_example_does_not_reach_another(pool):
-    """Lesson: Tunix's feature projection contracts batch and sequence."""
-    objective = objectives.features(
-        losses.feature_mse,
-        student="first",
-        teacher="second" if pool else "first",
-        projector=projectors.mlp(5),
-        pool=pool,
-        where=None,
-    )
-    params, _ = tiny.started(objective, BATCH)
-
-    @functools.partial(jax.jit, static_argnums=(1, 2))
-    def total(first, start, end):
-        kept = slice(start, end)
-        cut = {name: array[kept] for name, array in THEIRS.features.items()}
-        shown = Outputs(None, {"first": first[kept]})
-        terms, _ = objective.apply(
-            params, {}, shown, Outputs(None, cut), {}, jnp.array(0)
-        )
-        return terms["features"].mean.total
-
-    first = OURS.features["first"]
-    whole = total(first, 0, tiny.EXAMPLES)
-    parts = [total(first, i, i + 1) for i in range(tiny.EXAMPLES)]
-    np.testing.assert_allclose(whole, sum(parts), rtol=1e-5)
-    reached = jax.grad(lambda first: total(first, 0, 1))(first)
-    assert np.any(reached[0])
-    assert not np.any(reached[1:])

@@ -81,23 +81,22 @@ def steps(state, devices, numbers):
 def test_a_memory_over_a_mesh_is_that_of_one_device():
     state, _, _ = training()
     ends = {}
-    for devices in (1, 2, 4):
+    for devices in (1, 4):
         mesh, _, _ = on_mesh(devices)
         moved, values = steps(place(state, mesh, RULES), devices, range(4))
         bank = moved.objective_state["4"]["student"]["memory"]
         assert bank.sharding.shard_shape(bank.shape) == (40 // devices, 6)
         ends[devices] = values, jax.device_get(moved.params), jax.device_get(bank)
-    for devices in (2, 4):
-        # The same but for the order of sums, which Adam's first steps magnify.
-        for got, expected in zip(ends[devices], ends[1], strict=True):
-            jax.tree.map(
-                functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
-                got,
-                expected,
-            )
+    # The same but for the order of sums, which Adam's first steps magnify.
+    for got, expected in zip(ends[4], ends[1], strict=True):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
+            got,
+            expected,
+        )
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("devices", [1, 4])
 def test_trained_parts_and_memory_survive_a_kill_and_another_mesh(devices, tmp_path):
     start, _, _ = training()
     mesh, _, _ = on_mesh(4)

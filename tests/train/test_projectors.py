@@ -79,7 +79,7 @@ def test_sharded_by_the_rules_as_all_else_and_the_same(training):
         sharded, _ = placed(sharded, place(frozen, mesh), setups.batch(seed))
         expected, _ = jitted(expected, frozen, setups.batch(seed))
     for params in (sharded.params, sharded.opt_state[0].mu):
-        kernel = projector_of(params)["0"]["kernel"]
+        kernel = projector_of(params)["0"]["0"]["kernel"]
         assert [each.data.shape for each in kernel.addressable_shards] == [(8, 2)] * 8
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
