@@ -101,7 +101,11 @@ class LinearHead(NamedTuple):
 
     def logits(self) -> Array:
         """Multiplies the logits out, ``[*batch, V]``."""
-        logits = self.hidden @ self.kernel
+        return self.finished(self.hidden @ self.kernel)
+
+    def finished(self, products: Array) -> Array:
+        """The logits of ``hidden @ kernel``: with bias, scale and cap."""
+        logits = products
         if self.bias is not None:
             logits = logits + self.bias
         if self.scale is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -145,8 +146,14 @@ def place_step(
             )
         return specs
 
+    @functools.wraps(step)
+    def on_mesh(*inputs: Any) -> tuple[DistillState, dict[str, Mean]]:
+        # What the step calls can ask for the mesh, as kdjax.fused does.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(*inputs)
+
     compiled = jax.jit(
-        step,
+        on_mesh,
         in_shardings=(state_shardings, shardings(frozen, mesh, teacher_rules), None),
         out_shardings=(state_shardings, replicated),
         donate_argnums=(0,) if donate else (),
