@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from jax import Array
 
-from kdjax import losses
+from kdjax import fused, losses
 from kdjax.objectives._terms import MASK, counted, entry, feature, now, settings, single
-from kdjax.types import Batch, Mean, Objective, Outputs, PyTree, Scheduled
+from kdjax.types import (
+    Batch,
+    LinearHead,
+    Mean,
+    Objective,
+    Outputs,
+    PyTree,
+    Scheduled,
+)
+
+
+def _mean(
+    loss: Callable[..., Array],
+    student: Outputs,
+    teacher: Outputs | None,
+    labels: Array | None,
+    batch: Batch,
+    where: str | None,
+) -> Mean:
+    """The mean of a loss over logits, or over the head of a student that shows one."""
+    truth = () if labels is None else (labels,)
+    head = student.logits
+    if isinstance(head, LinearHead):
+        counts = counted(batch, where, head.hidden.shape[:-1], labels)
+        target = None if teacher is None else teacher.logits
+        if teacher is not None and not isinstance(target, LinearHead):
+            target = teacher.dense_logits()
+        return fused.token_mean(loss, head, target, *truth, where=counts)
+    sides = (student,) if teacher is None else (student, teacher)
+    values = loss(*(side.dense_logits() for side in sides), *truth)
+    return Mean.of(values, counted(batch, where, values.shape, labels))
 
 
 def hard_labels(
@@ -20,6 +51,9 @@ def hard_labels(
     where: str | None = MASK,
 ) -> Objective:
     """Cross-entropy against the labels of the batch.
+
+    Logits that the student shows as a :class:`~kdjax.types.LinearHead` never exist all
+    at once: see :func:`kdjax.fused.token_mean`.
 
     Args:
       name: of the term, in metrics.
@@ -46,12 +80,10 @@ def hard_labels(
         params: PyTree, student: Outputs, teacher: Outputs, batch: Batch, step: Array
     ) -> Mean:
         truth = entry(batch, labels, "labels")
-        values = losses.cross_entropy(
-            student.dense_logits(),
-            truth,
-            label_smoothing=now(label_smoothing, step),
+        loss = functools.partial(
+            losses.cross_entropy, label_smoothing=now(label_smoothing, step)
         )
-        return Mean.of(values, counted(batch, where, values.shape, truth))
+        return _mean(loss, student, None, truth, batch, where)
 
     return single(name, weight, compute)
 
@@ -67,6 +99,10 @@ def soft_labels(
     **hyperparameters: Scheduled,
 ) -> Objective:
     """Any loss of :mod:`kdjax.losses` between the logits of student and teacher.
+
+    Logits that a model shows as a :class:`~kdjax.types.LinearHead` never exist all at
+    once where the student shows such a head; the loss then gives one value per token.
+    See :func:`kdjax.fused.token_mean`.
 
     Args:
       loss: ``loss(student_logits, teacher_logits, **hyperparameters)``, or with the
@@ -102,17 +138,10 @@ def soft_labels(
         params: PyTree, student: Outputs, teacher: Outputs, batch: Batch, step: Array
     ) -> Mean:
         truth = None if labels is None else entry(batch, labels, "labels")
-        if head is None:
-            logits = student.dense_logits()
-        else:
-            logits = feature(student, head, f"term {name!r}: the student")
-        values = loss(
-            logits,
-            teacher.dense_logits(),
-            *(() if truth is None else (truth,)),
-            **settings(hyperparameters, step),
-        )
-        return Mean.of(values, counted(batch, where, values.shape, truth))
+        bound = functools.partial(loss, **settings(hyperparameters, step))
+        if head is not None:
+            student = Outputs(feature(student, head, f"term {name!r}: the student"))
+        return _mean(bound, student, teacher, truth, batch, where)
 
     return single(name, weight, compute)
 
