@@ -73,7 +73,7 @@ def main(config: Config) -> list[Figure]:
     """Measures and prints; returns what was printed."""
     parts = [config.only] if config.only else ["losses", "traffic", "step"]
     figures: list[Figure] = []
-    notes = [_machine()]
+    notes = [machine()]
     if "losses" in parts:
         figures += of_losses(config)
     if "traffic" in parts:
@@ -90,7 +90,8 @@ def main(config: Config) -> list[Figure]:
     return figures
 
 
-def _machine() -> str:
+def machine() -> str:
+    """What the figures were measured with."""
     return (
         f"jax {jax.__version__}, optax {optax.__version__}, Python "
         f"{platform.python_version()}, {jax.devices()[0].device_kind} with "
@@ -117,7 +118,7 @@ def of_losses(config: Config) -> Iterator[Figure]:
                 for side, form in (("kdjax", forms.KDJAX), ("Optax", forms.OPTAX))
             }
             runs = {
-                side: report.stopwatch(functools.partial(_run, program, arrays))
+                side: report.stopwatch(functools.partial(run, program, arrays))
                 for side, program in programs.items()
             }
             if ask is not None:
@@ -131,7 +132,8 @@ def of_losses(config: Config) -> Iterator[Figure]:
             yield _memory(section, name, programs)
 
 
-def _run(program: Any, arrays: Any) -> None:
+def run(program: Any, arrays: Any) -> None:
+    """Runs a compiled program to its end."""
     jax.block_until_ready(program(*arrays))
 
 

@@ -46,12 +46,16 @@ def available() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
+def devices() -> np.ndarray:
+    """The chips of the slice."""
+    return np.array(topologies.get_topology_desc(SLICE, platform="tpu").devices)
+
+
 def figures(
     tokens: int, vocabulary: int, losses: Sequence[str] = LOSSES
 ) -> Iterator[Figure]:
     """Every loss in every layout, in float32, beside the Optax form."""
-    devices = topologies.get_topology_desc(SLICE, platform="tpu").devices
-    mesh = Mesh(np.array(devices).reshape(4, 4), AXES, axis_types=(AxisType.Auto,) * 2)
+    mesh = Mesh(devices().reshape(4, 4), AXES, axis_types=(AxisType.Auto,) * 2)
     logits_bytes = tokens * vocabulary * 4 / mesh.size
     for layout, spec in LAYOUTS.items():
         section = f"[{tokens}, {vocabulary}] on {SLICE}, {layout}, per chip"
@@ -105,11 +109,15 @@ def compiled(
         forms.mean_and_gradient(loss),
         out_shardings=(NamedSharding(mesh, PartitionSpec()), sharded),
     )
-    program = function.lower(logits, logits, labels).compile()
-    text = program.as_text()
+    return program(function.lower(logits, logits, labels).compile())
+
+
+def program(compiled: Any) -> Program:
+    """What the compiler says of what it compiled."""
+    text = compiled.as_text()
     return Program(
-        program.memory_analysis().temp_size_in_bytes,
-        program.cost_analysis()["bytes accessed"],
+        compiled.memory_analysis().temp_size_in_bytes,
+        compiled.cost_analysis()["bytes accessed"],
         # An asynchronous one is a pair of instructions, of which one counts.
         {n: len(re.findall(rf" {n}(?:-start)?\(", text)) for n in COLLECTIVES},
     )

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benchmarks import forms, losses, report, step, traffic
+from experiments.benchmarks import forms, linear_head, losses, report, step, traffic
 from experiments.benchmarks.inputs import LOSSES, draw
 
 
@@ -79,6 +79,19 @@ def test_runs(tmp_path, capsys, monkeypatch):
     assert "| " + " | ".join(report.HEADER) + " |" in printed
     assert all(" | ".join(figure.cells()) in printed for figure in figures)
     assert printed.endswith("targets met\n")
+
+
+def test_linear_head_runs(capsys, monkeypatch):
+    monkeypatch.setattr(traffic, "available", lambda: False)
+    small = {"vocabulary": 16, "large_vocabulary": 24, "width": 4}
+    config = linear_head.Config(
+        tokens=4, **small, repeats=1, losses=("knowledge_distillation",), chunk_size=3
+    )
+    # Both sides are compared before they are timed.
+    assert len(linear_head.main(config)) == 2 * 5
+    assert "slice: skipped" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="losses: got"):
+        linear_head.Config(losses=("forward",))
 
 
 def test_a_python_without_torch_is_named(tmp_path):

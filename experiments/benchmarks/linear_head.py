@@ -1,0 +1,243 @@
+"""Times losses over a linear head, chunk by chunk, beside the loss over all logits.
+
+    python -m experiments.benchmarks.linear_head
+
+Value and gradient by the student's hidden states and kernel, of kdjax.fused beside the
+same loss over logits multiplied out, and beside the four matrix products alone. Where
+libtpu is installed, both are also compiled for a TPU slice that is not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.benchmarks import forms, losses, report, traffic
+from experiments.benchmarks.inputs import LOSSES
+from experiments.benchmarks.report import Figure
+from kdjax import fused
+from kdjax.types import LinearHead, Mean
+
+AXES = ("data", "model")
+PRODUCTS = "matrix products"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is measured, and how often."""
+
+    tokens: int = 2048
+    """Tokens of either size."""
+    vocabulary: int = 32000
+    """Classes of the first size."""
+    large_vocabulary: int = 151936
+    """Classes of the second size, with which plain losses take several GB."""
+    width: int = 256
+    """Width of the student; the teacher is twice as wide."""
+    losses: tuple[str, ...] = LOSSES
+    """Which ones."""
+    chunk_size: int | None = None
+    """Tokens at a time, kdjax' own choice by default."""
+    repeats: int = 7
+    """Runs of each side, in turns; medians are shown, with quartiles."""
+    only: Literal["first", "large", "slice"] | None = None
+    """One of the parts; all by default (the slice where libtpu is installed)."""
+    slice_tokens: int = 65536
+    """Tokens on the TPU slice, over all chips."""
+    slice_vocabulary: int = 152064
+    """Classes on the TPU slice."""
+    slice_width: int = 1024
+    """Width of both models there."""
+    markdown: bool = False
+    """Prints tables for a README."""
+    json: Path | None = None
+    """Also writes the figures to this file."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "vocabulary", "large_vocabulary", "width", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)}, expected 1 or more."
+                )
+        unknown = sorted(set(self.losses) - set(LOSSES))
+        if unknown:
+            raise ValueError(f"losses: got {unknown}, expected some of {LOSSES}.")
+
+
+def main(config: Config) -> list[Figure]:
+    """Measures and prints; returns what was printed."""
+    parts = [config.only] if config.only else ["first", "large", "slice"]
+    figures: list[Figure] = []
+    notes = [losses.machine()]
+    if "first" in parts:
+        figures += of_size(config, (config.tokens,), config.vocabulary)
+    if "large" in parts:
+        figures += of_size(config, (1, config.tokens), config.large_vocabulary)
+    if "slice" in parts:
+        if traffic.available():
+            figures += on_slice(config)
+        else:
+            notes.append("slice: skipped, libtpu is not installed (extra `tpu`).")
+    report.show(figures, notes, markdown=config.markdown)
+    if config.json is not None:
+        report.save(figures, notes, config.json)
+    return figures
+
+
+Heads = tuple[LinearHead, LinearHead, Array]
+"""Student, teacher and labels."""
+
+
+def draw(batch: tuple[int, ...], vocabulary: int, width: int) -> Heads:
+    """Heads whose logits have the spread of a language model's, and labels."""
+    rng = np.random.default_rng(0)
+
+    def head(width: int) -> LinearHead:
+        hidden = rng.standard_normal((*batch, width), dtype=np.float32)
+        kernel = rng.standard_normal((width, vocabulary), dtype=np.float32)
+        return LinearHead(jnp.asarray(hidden), jnp.asarray(3 / width**0.5 * kernel))
+
+    labels = rng.integers(vocabulary, size=batch, dtype=np.int32)
+    return head(width), head(2 * width), jnp.asarray(labels)
+
+
+def chunked(loss: forms.Loss, chunk_size: int | None = None) -> Callable[..., Array]:
+    """``(student, teacher, labels)`` to the mean, without the logits."""
+
+    def mean(student: LinearHead, teacher: LinearHead, labels: Array) -> Array:
+        arguments = loss, student, teacher, labels
+        return fused.token_mean(*arguments, chunk_size=chunk_size).value()
+
+    return mean
+
+
+def plain(loss: forms.Loss) -> Callable[..., Array]:
+    """The same from all logits."""
+
+    def mean(student: LinearHead, teacher: LinearHead, labels: Array) -> Array:
+        return Mean.of(loss(student.logits(), teacher.logits(), labels)).value()
+
+    return mean
+
+
+def products(student: LinearHead, teacher: LinearHead, labels: Array) -> Any:
+    """Both logits and both gradients, as far as matrix products go."""
+    slopes = student.logits() + teacher.logits()
+    by_hidden = slopes @ student.kernel.T
+    by_kernel = jnp.einsum("...d,...v->dv", student.hidden, slopes)
+    return by_hidden, by_kernel
+
+
+def of_size(
+    config: Config, batch: tuple[int, ...], vocabulary: int
+) -> Iterator[Figure]:
+    """Time and temporary memory of each loss with its gradient."""
+    arrays = draw(batch, vocabulary, config.width)
+    widths = f"widths {config.width} and {2 * config.width}"
+    section = f"Value and gradient, {[*batch]} x {vocabulary} float32, {widths}"
+    bare = jax.jit(products).lower(*arrays).compile()
+    for name in config.losses:
+        loss = forms.KDJAX[name]
+        sides = {"kdjax": chunked(loss, config.chunk_size), "plain": plain(loss)}
+        programs = {
+            side: jax.jit(jax.value_and_grad(mean)).lower(*arrays).compile()
+            for side, mean in sides.items()
+        }
+        _agree(name, *(program(*arrays) for program in programs.values()))
+        runs = {
+            side: report.stopwatch(functools.partial(losses.run, program, arrays))
+            for side, program in (programs | {PRODUCTS: bare}).items()
+        }
+        samples = report.interleaved(runs, config.repeats, pause=0.3)
+        for other, target in {"plain": 1.0, PRODUCTS: None}.items():
+            pair = samples["kdjax"], samples[other]
+            yield from report.compared(section, name, other, *pair, target)
+        yield _memory(section, name, programs)
+
+
+def _agree(name: str, ours: Any, theirs: Any) -> None:
+    """Both sides compute the same thing, or their times say nothing."""
+    mine, other = (
+        [float(value), float(jnp.abs(by.hidden).max()), float(jnp.abs(by.kernel).max())]
+        for value, by in (ours, theirs)
+    )
+    np.testing.assert_allclose(mine, other, rtol=1e-4, err_msg=name)
+
+
+def _memory(section: str, name: str, programs: dict[str, Any]) -> Figure:
+    ours, theirs = (
+        programs[side].memory_analysis().temp_size_in_bytes
+        for side in ("kdjax", "plain")
+    )
+    sides = f"{ours / 1e6:.1f} MB", "plain", f"{theirs / 1e6:.1f} MB"
+    return Figure(section, name, "temporaries", *sides, ours / theirs, target=0.5)
+
+
+def on_slice(config: Config) -> Iterator[Figure]:
+    """Memory and collectives per chip, with tokens and with classes split too."""
+    shape = config.slice_tokens, config.slice_vocabulary, config.slice_width
+    for ways, layout in (((16, 1), "tokens"), ((4, 4), "tokens and classes")):
+        section = f"{[*shape]} bfloat16 on {traffic.SLICE}, {layout} split, per chip"
+        for name in config.losses:
+            loss = forms.KDJAX[name]
+            sides = {"kdjax": chunked(loss, config.chunk_size), "plain": plain(loss)}
+            programs = {
+                side: compiled(mean, ways, *shape) for side, mean in sides.items()
+            }
+            yield _memory(section, name, programs)
+            ours, theirs = (traffic.program(programs[side]) for side in sides)
+            yield Figure(
+                section,
+                name,
+                f"gathered (+{ours.collectives['all-reduce']} all-reduce)",
+                str(ours.moved),
+                "plain",
+                f"{theirs.moved} (+{theirs.collectives['all-reduce']})",
+                ours.moved,
+                target=0,
+            )
+
+
+def compiled(
+    mean: Callable[..., Array],
+    ways: tuple[int, int],
+    tokens: int,
+    vocabulary: int,
+    width: int,
+) -> Any:
+    """Value and gradient for a slice: tokens and classes split so many ways."""
+    devices = traffic.devices()
+    mesh = Mesh(devices.reshape(ways), AXES, axis_types=(AxisType.Auto,) * 2)
+
+    def array(shape: tuple[int, ...], dtype: Any, *spec: str | None) -> Any:
+        sharding = NamedSharding(mesh, P(*spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    head = LinearHead(
+        array((tokens, width), jnp.bfloat16, "data"),
+        array((width, vocabulary), jnp.bfloat16, None, "model"),
+    )
+    labels = array((tokens,), jnp.int32, "data")
+
+    def on_mesh(*arrays: Any) -> Array:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return mean(*arrays)
+
+    kept = jax.tree.map(lambda leaf: leaf.sharding, head)
+    function: Any = jax.jit(jax.value_and_grad(on_mesh), out_shardings=(None, kept))
+    return function.lower(head, head, labels).compile()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

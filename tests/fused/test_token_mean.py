@@ -1,0 +1,268 @@
+"""Means over a linear head: those of the loss over all logits, and their gradients."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdjax import fused, losses
+from kdjax.types import LinearHead, Mean
+from tests.fused import heads
+from tests.losses import cases
+from tests.losses.running import QUICK
+from tests.losses.test_golden import ARRAYS, CASES
+
+jitted = functools.partial(jax.jit, compiler_options=QUICK)
+
+STUDENT = heads.head(0, scale=0.9, soft_cap=3.0)
+TEACHER = heads.head(1, width=6, bias=False, soft_cap=jnp.float32(4.0))
+HARD = functools.partial(losses.cross_entropy, label_smoothing=0.1)
+MIXED = functools.partial(losses.knowledge_distillation, temperature=2.0, alpha=0.3)
+
+
+def others_of(case):
+    """What a loss takes besides the student's logits; a teacher if only by name."""
+    targets = heads.head(2, bias=False).logits()
+    given = {"teacher_logits": TEACHER, "labels": heads.labels(), "targets": targets}
+    taken = tuple(given[name] for name in case.arguments if name in given)
+    return taken if "teacher_logits" in case.arguments else (None, *taken)
+
+
+@pytest.mark.parametrize("case", cases.select(lambda case: case.gives == "position"))
+def test_every_loss_per_token_equals_itself_over_all_logits(case):
+    loss = functools.partial(case.loss, **case.hyper)
+    others = others_of(case)
+    given = STUDENT, others, heads.mask()
+
+    @jitted
+    def run(*given):
+        both = heads.chunked, heads.plain
+        return [heads.with_gradient(mean, loss)(*given) for mean in both]
+
+    # The plain gradient of this one is off by 2e-6 itself.
+    tolerance = 3e-6 if case.name == "inter_class_relation" else 1e-6
+    heads.assert_close(*run(*given), tolerance)
+
+
+@functools.cache
+def mixed_gradient(mean, **options):
+    return jitted(heads.with_gradient(mean, MIXED, **options))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 9, 10, None])
+def test_chunks_of_any_size_count_every_token_once(chunk_size):
+    given = STUDENT, (TEACHER, heads.labels()), heads.mask()
+    expected = mixed_gradient(heads.plain)(*given)
+    got = mixed_gradient(heads.chunked, chunk_size=chunk_size)(*given)
+    heads.assert_close(got, expected)
+    chex.assert_trees_all_equal_dtypes(got, expected)
+
+
+@pytest.mark.parametrize("batch", [(), (1,)])
+def test_few_tokens(batch):
+    student, teacher = heads.head(0, batch=batch), heads.head(1, batch=batch)
+    given = student, (teacher, jnp.full(batch, 2)), None
+    expected = mixed_gradient(heads.plain)(*given)
+    heads.assert_close(mixed_gradient(heads.chunked)(*given), expected)
+
+
+def test_dense_teacher():
+    given = STUDENT, (TEACHER.logits(), heads.labels()), heads.mask()
+    expected = mixed_gradient(heads.plain)(*given)
+    heads.assert_close(mixed_gradient(heads.chunked)(*given), expected)
+
+
+def test_nothing_counts():
+    nowhere = jnp.zeros(heads.BATCH, bool)
+    given = STUDENT, (TEACHER, heads.labels()), nowhere
+    gradient, mean = mixed_gradient(heads.chunked)(*given)
+    assert (float(mean.value()), int(mean.count)) == (0.0, 0)
+    for leaf in jax.tree.leaves(gradient):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+def test_what_is_masked_may_be_nan():
+    where = heads.mask()
+
+    def spoilt(head, by):
+        return head._replace(hidden=jnp.where(where[..., None], head.hidden, by))
+
+    given = STUDENT, (TEACHER, heads.labels()), where
+    expected = mixed_gradient(heads.chunked)(*given)
+    for by in (jnp.nan, jnp.inf):
+        others = spoilt(TEACHER, by), jnp.where(where, heads.labels(), 999)
+        got = mixed_gradient(heads.chunked)(spoilt(STUDENT, by), others, where)
+        heads.assert_close(got, expected, 0)
+
+
+def test_slots_that_are_out_in_both():
+    out = jnp.where(jnp.arange(heads.CLASSES) % 3 == 1, -jnp.inf, 0.0)
+    student = heads.head(0)
+    student = student._replace(bias=student.bias + out)
+    given = student, (heads.head(1)._replace(bias=out), heads.labels() * 0), None
+    expected = mixed_gradient(heads.plain)(*given)
+    got = mixed_gradient(heads.chunked)(*given)
+    heads.assert_close(got, expected)
+    np.testing.assert_array_equal(got[0].bias[1::3], 0)
+
+
+def test_numbers_that_differ_by_token_go_along():
+    def loss(student, teacher, settings):
+        return losses.forward_kl(student, teacher, temperature=settings["temperature"])
+
+    temperature = 1 + jnp.arange(10.0).reshape(heads.BATCH)
+    others = TEACHER, {"temperature": temperature}
+    given = STUDENT, others, heads.mask()
+    expected = jitted(heads.with_gradient(heads.plain, loss))(*given)
+    heads.assert_close(
+        jitted(heads.with_gradient(heads.chunked, loss))(*given), expected
+    )
+
+
+def test_settings_may_be_traced():
+    @jitted
+    def run(step):
+        loss = functools.partial(losses.forward_kl, temperature=1.0 + step)
+        given = STUDENT, (TEACHER,), None
+        both = heads.chunked, heads.plain
+        return [heads.with_gradient(mean, loss)(*given) for mean in both]
+
+    heads.assert_close(*run(jnp.int32(2)))
+
+
+def test_tied_embedding_and_numbers_have_their_gradients():
+    embedding, soft_cap = STUDENT.kernel.T, jnp.float32(2.0)
+
+    def value(mean, embedding, soft_cap):
+        # The hidden states come from the embedding, too.
+        hidden = embedding[heads.labels()]
+        head = LinearHead(hidden, embedding.T, soft_cap=soft_cap)
+        return mean(losses.reverse_kl, head, (TEACHER,)).value()
+
+    gradient = jitted(jax.grad(value, (1, 2)), static_argnums=0)
+    expected = gradient(heads.plain, embedding, soft_cap)
+    heads.assert_close(gradient(heads.chunked, embedding, soft_cap), expected)
+
+
+def test_several_means_for_one_pass():
+    def mixed(student, teacher, labels):
+        hard = losses.cross_entropy(student, labels)
+        forward = losses.forward_kl(student, teacher)
+        others = {
+            "hard": hard,
+            "reverse": losses.reverse_kl(student, teacher),
+            "entropies": (
+                losses.soft_cross_entropy(student, student),
+                losses.soft_cross_entropy(teacher, teacher),
+            ),
+            "agreement": student.argmax(-1) == teacher.argmax(-1),
+        }
+        return 0.1 * hard + 0.9 * forward, others
+
+    where, labels = heads.mask(), heads.labels()
+
+    def chunked(student):
+        mean, others = fused.token_means(
+            mixed, student, TEACHER, labels, where=where, chunk_size=3
+        )
+        # Others have no gradient, so adding one changes none.
+        return mean.value() + others["hard"].value(), (mean, others)
+
+    def plain(student):
+        values, others = mixed(student.logits(), TEACHER.logits(), labels)
+        mean = Mean.of(values, where)
+        return mean.value(), (mean, jax.tree.map(lambda x: Mean.of(x, where), others))
+
+    got, expected = jitted(
+        lambda student: [jax.grad(f, has_aux=True)(student) for f in (chunked, plain)]
+    )(STUDENT)
+    heads.assert_close(got, expected)
+
+
+def test_teacher_has_no_gradient():
+    def value(teacher, temperature):
+        others = teacher, jnp.broadcast_to(temperature, heads.BATCH)
+        loss = lambda s, t, by: losses.forward_kl(s, t, temperature=by)  # noqa: E731
+        return heads.chunked(loss, STUDENT, others).value()
+
+    for leaf in jax.tree.leaves(jitted(jax.grad(value, (0, 1)))(TEACHER, 2.0)):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+def test_second_derivatives():
+    def bent(mean, student):
+        first = heads.with_gradient(mean, losses.logit_mse)(student, (TEACHER,), None)
+        return sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(first[0]))
+
+    run = jitted(jax.grad(bent, 1), static_argnums=0)
+    heads.assert_close(run(heads.chunked, STUDENT), run(heads.plain, STUDENT), 1e-5)
+
+
+def test_sums_are_wide_for_narrow_inputs():
+    # In bfloat16 a sum of a thousand like terms stands still at 256 of them.
+    batch = (1024,)
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(1 + 0.1 * rng.normal(size=(*batch, 4)), jnp.bfloat16)
+    student = heads.head(0, dtype=jnp.bfloat16)._replace(hidden=hidden)
+    teacher = heads.head(1, batch=batch, dtype=jnp.bfloat16)
+    run = jitted(heads.with_gradient(heads.chunked, losses.forward_kl, chunk_size=2))
+    gradient, mean = run(student, (teacher,), None)
+    assert mean.total.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("bfloat16")}
+    expected = heads.exact(losses.forward_kl, student, (teacher,), None)
+    heads.assert_close((gradient, mean), expected, 1e-2)
+
+
+def test_float64_stays():
+    with jax.enable_x64(True):
+        widen = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float64))
+        given = widen(STUDENT), (widen(TEACHER), heads.labels()), heads.mask()
+        expected = jitted(heads.with_gradient(heads.plain, MIXED))(*given)
+        got = jitted(heads.with_gradient(heads.chunked, MIXED))(*given)
+        chex.assert_trees_all_equal_dtypes(got, expected)
+        heads.assert_close(got, expected, 1e-13)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if case["loss"] == "fused_linear_jsd"]
+)
+def test_published_values(name, dtype):
+    case, tolerance = CASES[name], 1e-6 if dtype == jnp.float32 else 1e-9
+    hyper = case["hyperparameters"]
+    with jax.enable_x64(dtype == jnp.float64):
+        inputs = {key: ARRAYS[f"{name}/in/{key}"] for key in case["inputs"]}
+        labels = jnp.asarray(inputs.pop("labels"))
+        inputs = {key: jnp.asarray(array, dtype) for key, array in inputs.items()}
+        loss = functools.partial(
+            losses.jensen_shannon, beta=hyper["beta"], temperature=hyper["temperature"]
+        )
+
+        @jitted
+        def run(inputs):
+            def value(inputs):
+                sides = (
+                    LinearHead(
+                        inputs[f"{side}_hidden"],
+                        inputs[f"{side}_weight"].T,
+                        inputs.get(f"{side}_bias"),
+                    )
+                    for side in ("student", "teacher")
+                )
+                mean = fused.token_mean(
+                    loss, *sides, where=labels >= 0, chunk_size=hyper["chunk_size"]
+                )
+                # The published value does not carry temperature².
+                return mean.value() / hyper["temperature"] ** 2
+
+            return jax.value_and_grad(value)(inputs)
+
+        value, gradient = run(inputs)
+    np.testing.assert_allclose(value, ARRAYS[f"{name}/out/value"], rtol=tolerance)
+    for argument in case["differentiable"]:
+        expected = ARRAYS[f"{name}/out/grad/{argument}"]
+        error = np.abs(np.asarray(gradient[argument], np.float64) - expected).max()
+        assert error <= tolerance * np.abs(expected).max()
