@@ -25,21 +25,25 @@ class Net(nnx.Module):
 
 def test_python_blocks_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     scope = {"student_logits": jnp.zeros((2, 3)), "teacher_logits": jnp.eye(2, 3)}
     scope |= {"net": Net(), "teacher_net": from_nnx(Net())}
+    scope |= {"student_hidden": jnp.ones((4, 2)), "student_kernel": jnp.eye(2, 3)}
+    scope |= {"teacher_hidden": jnp.ones((4, 5)), "teacher_kernel": jnp.eye(5, 3)}
+    scope["mask"] = jnp.arange(4) < 3
     for block in blocks:
         exec(compile(block, str(README), "exec"), scope)
     assert "stage3" in capsys.readouterr().out
     assert isinstance(scope["objective"], Objective)
     assert scope["optimizer"].init({"student": {}, "objective": {}})
     assert scope["per_token"].shape == (2,)
+    assert int(scope["mean"].count) == 3
     assert int(scope["state"].step) == 100
     assert scope["metrics"]["loss"].value() < 1
 
 
 def test_the_training_example_fits_fifteen_lines():
-    block = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    block = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[2]
     assert len([line for line in block.splitlines() if line.strip()]) <= 15
 
 
