@@ -52,7 +52,7 @@ def factor_transfer(
     Example:
       >>> objective = factor_transfer(student="layer4", teacher="layer4")
       >>> spec = Outputs(None, {"layer4": jnp.ones((2, 4, 4, 6))})
-      >>> params = objective.init(jax.random.key(0), spec, spec)
+      >>> params = jax.eval_shape(objective.init, jax.random.key(0), spec, spec)
       >>> params["translator"]["1"]["kernel"].shape
       (3, 3, 6, 3)
 

@@ -58,7 +58,7 @@ def masked_generation(
     Example:
       >>> objective = masked_generation(student="layer4", teacher="layer4")
       >>> spec = Outputs(None, {"layer4": jnp.ones((2, 4, 4, 3))})
-      >>> sorted(objective.init(jax.random.key(0), spec, spec))
+      >>> sorted(jax.eval_shape(objective.init, jax.random.key(0), spec, spec))
       ['first', 'second']
 
     Reference:

@@ -50,7 +50,7 @@ def variational_information(
     Example:
       >>> objective = variational_information(student="layer3", teacher="layer3")
       >>> spec = Outputs(None, {"layer3": jnp.ones((2, 4, 4, 3))})
-      >>> params = objective.init(jax.random.key(0), spec, spec)
+      >>> params = jax.eval_shape(objective.init, jax.random.key(0), spec, spec)
       >>> params["log_scale"].shape
       (3,)
 

@@ -59,7 +59,8 @@ def review(
       >>> objective = review(pairs=[(level, level) for level in levels])
       >>> maps = {"layer1": jnp.ones((2, 8, 8, 3)), "layer2": jnp.ones((2, 4, 4, 6))}
       >>> spec = Outputs(None, maps)
-      >>> sorted(objective.init(jax.random.key(0), spec, spec)["0"])
+      >>> params = jax.eval_shape(objective.init, jax.random.key(0), spec, spec)
+      >>> sorted(params["0"])
       ['attention', 'enter', 'leave']
 
     Reference:

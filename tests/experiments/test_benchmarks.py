@@ -60,6 +60,7 @@ def test_ratio_is_of_neighbouring_runs():
     assert (core.ratio, core.met) == (1.0, None)
 
 
+@pytest.mark.slow
 def test_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(traffic, "available", lambda: False)
     tiny = {"tiny": step.SIZES["tiny"]._replace(steps=2)}
@@ -81,6 +82,7 @@ def test_runs(tmp_path, capsys, monkeypatch):
     assert printed.endswith("targets met\n")
 
 
+@pytest.mark.slow
 def test_linear_head_runs(capsys, monkeypatch):
     monkeypatch.setattr(traffic, "available", lambda: False)
     small = {"vocabulary": 16, "large_vocabulary": 24, "width": 4}

@@ -278,6 +278,7 @@ def wait_for(path, process):
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_terminated_and_killed_it_ends_the_same(finished, tmp_path, cache):
     process = start(tmp_path, cache)
     wait_for(tmp_path / RUNS[1] / "checkpoints" / "4", process)

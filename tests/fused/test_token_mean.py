@@ -31,7 +31,28 @@ def others_of(case):
     return taken if "teacher_logits" in case.arguments else (None, *taken)
 
 
-@pytest.mark.parametrize("case", cases.select(lambda case: case.gives == "position"))
+# The others run with `pytest -m slow`: each compiles two programs of its own.
+FAST = {
+    "forward_kl",
+    "reverse_kl",
+    "jensen_shannon",
+    "adaptive_kl",
+    "cross_entropy",
+    "knowledge_distillation",
+    "decoupled_kd",
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case, id=case.name, marks=() if case.name in FAST else pytest.mark.slow
+        )
+        for case in cases.CASES
+        if case.gives == "position"
+    ],
+)
 def test_every_loss_per_token_equals_itself_over_all_logits(case):
     loss = functools.partial(case.loss, **case.hyper)
     others = others_of(case)

@@ -56,8 +56,10 @@ def test_every_loss_that_relates_examples_is_here():
 
 @pytest.mark.parametrize(
     ("dtype", "devices", "tolerance"),
-    [(jnp.float32, (1, 2, 4), 1e-6), (jnp.float64, (4,), 1e-12)],
-    ids=["float32", "float64"],
+    [
+        pytest.param(jnp.float32, (1, 2, 4), 1e-6, id="float32"),
+        pytest.param(jnp.float64, (4,), 1e-12, id="float64", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("name", ROWS)
 def test_devices_change_no_value_and_no_gradient(name, dtype, devices, tolerance):

@@ -143,6 +143,7 @@ def compiled_step(kind, objective, ours, theirs):
     return step.lower(*start(kind)).compile(QUICK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BOTH, ids=" ".join)
 def test_a_step_towards_the_features_of_a_teacher(kind):
     ours, theirs = kind.path(1, "norm"), kind.path(0)

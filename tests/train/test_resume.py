@@ -99,6 +99,7 @@ def test_the_run_trains_what_it_is_meant_to(alone):
         assert int(final[".step"]) == STEPS
 
 
+@pytest.mark.slow
 def test_killed_once(tmp_path, alone, cache):
     assert kill_and_resume(tmp_path / "run", alone, cache, STEPS // 4, 0.01)
 
