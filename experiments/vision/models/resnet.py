@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from flax import nnx
@@ -27,6 +27,31 @@ def _conv(
         use_bias=False,
         kernel_init=_HE,
         rngs=rngs,
+    )
+
+
+def _stages(
+    block: Callable[..., nnx.Module], blocks: int, widths: Sequence[int], rngs: nnx.Rngs
+) -> nnx.List:
+    """Three stages of blocks; the second and the third start with stride 2.
+
+    Args:
+      block: made as ``block(channels, width, stride, rngs=rngs)``.
+      blocks: in each stage.
+      widths: channels before the first stage, and of each.
+      rngs: of the initial weights.
+    """
+    return nnx.List(
+        nnx.List(
+            block(
+                channels if index == 0 else width,
+                width,
+                stride if index == 0 else 1,
+                rngs=rngs,
+            )
+            for index in range(blocks)
+        )
+        for channels, width, stride in zip(widths, widths[1:], (1, 2, 2), strict=False)
     )
 
 
@@ -76,20 +101,7 @@ class ResNet(nnx.Module):
     ):
         self.stem = _conv(shape[-1], widths[0], 3, 1, rngs)
         self.norm = nnx.BatchNorm(widths[0], momentum=0.9, rngs=rngs)
-        self.stages = nnx.List(
-            nnx.List(
-                BasicBlock(
-                    channels if index == 0 else width,
-                    width,
-                    stride if index == 0 else 1,
-                    rngs=rngs,
-                )
-                for index in range(blocks)
-            )
-            for channels, width, stride in zip(
-                widths, widths[1:], (1, 2, 2), strict=False
-            )
-        )
+        self.stages = _stages(BasicBlock, blocks, widths, rngs)
         self.head = nnx.Linear(widths[-1], classes, rngs=rngs)
 
     def __call__(self, x: Array) -> Outputs:
@@ -152,20 +164,7 @@ class WideResNet(nnx.Module):
     ):
         widths = (16, 16 * widening, 32 * widening, 64 * widening)
         self.stem = _conv(shape[-1], widths[0], 3, 1, rngs)
-        self.stages = nnx.List(
-            nnx.List(
-                WideBlock(
-                    channels if index == 0 else width,
-                    width,
-                    stride if index == 0 else 1,
-                    rngs=rngs,
-                )
-                for index in range(blocks)
-            )
-            for channels, width, stride in zip(
-                widths, widths[1:], (1, 2, 2), strict=False
-            )
-        )
+        self.stages = _stages(WideBlock, blocks, widths, rngs)
         self.norm = nnx.BatchNorm(widths[-1], momentum=0.9, rngs=rngs)
         self.head = nnx.Linear(widths[-1], classes, rngs=rngs)
 
