@@ -69,6 +69,43 @@ def agreement(
     return Mean.of(same.astype(jnp.float32), where)
 
 
+def top_k_overlap(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    k: int = 5,
+    where: Array | None = None,
+) -> Mean:
+    """Share of the teacher's ``k`` most likely classes that are the student's too.
+
+    Args:
+      student_logits: ``[..., V]``.
+      teacher_logits: ``[..., V]``.
+      k: how many classes of each; all of them if there are fewer.
+      where: boolean ``[...]``, what counts.
+
+    Returns:
+      The mean, over what counts; at ``k=1`` that of :func:`agreement`.
+
+    Raises:
+      ValueError: ``k`` is below 1, or the shapes of the logits, or of ``where``,
+        differ.
+      TypeError: logits or mask are of the wrong type.
+
+    Example:
+      >>> top_k_overlap(jnp.arange(4.0), jnp.array([0.0, 3.0, 1.0, 2.0]), k=2).value()
+      Array(0.5, dtype=float32)
+    """
+    _checks.logits(student_logits, teacher_logits)
+    if k < 1:
+        raise ValueError(f"k: got {k}, expected at least 1.")
+    k = min(k, student_logits.shape[-1])
+    _, own = jax.lax.top_k(student_logits, k)
+    _, others = jax.lax.top_k(teacher_logits, k)
+    shared = (own[..., :, None] == others[..., None, :]).any(-1)
+    return Mean.of(shared.mean(-1), where)
+
+
 def entropy(logits: Array, *, where: Array | None = None) -> Mean:
     """Entropy of the softmax, in nats.
 

@@ -47,18 +47,21 @@ def by_rows(rule: Rule) -> Callable[..., Array]:
 
     @jax.custom_jvp
     def loss(*inputs: Array) -> Array:
-        return _summed(rule, inputs).value[..., 0]
+        return _evaluated(rule, (), inputs)[0][..., 0]
 
     def derivative(primals: Any, tangents: Any) -> tuple[Array, Array]:
-        sums, inputs = _summed(rule, primals), _widened(primals)
-        tangent = jnp.zeros_like(sums.value)
-        for index, dot in enumerate(tangents):
-            if not isinstance(dot, SymbolicZero):
-                partial = rule.partial(index, sums, *inputs)
-                by_class = partial.shape != sums.value.shape
-                terms = partial * dot
-                tangent += terms.sum(-1, keepdims=True) if by_class else terms
-        return sums.value[..., 0], tangent[..., 0]
+        moving = {
+            index: dot
+            for index, dot in enumerate(tangents)
+            if not isinstance(dot, SymbolicZero)
+        }
+        value, partials = _evaluated(rule, tuple(moving), primals)
+        tangent = jnp.zeros_like(value)
+        for partial, dot in zip(partials, moving.values(), strict=True):
+            by_class = partial.shape != value.shape
+            terms = partial * dot
+            tangent += terms.sum(-1, keepdims=True) if by_class else terms
+        return value[..., 0], tangent[..., 0]
 
     loss.defjvp(derivative, symbolic_zeros=True)
     return loss
@@ -98,23 +101,28 @@ def _widened(inputs: Inputs) -> Inputs:
     )
 
 
-# 2 MB in float32: what is made of a block stays in the caches of the cores.
-_BLOCK = 2**19
+# 1 MB in float32: what is made of a block stays in the caches of the cores.
+_BLOCK = 2**18
 
 
-def _summed(rule: Rule, inputs: Inputs) -> Any:
-    """The sums of everything at once, or of block after block where that is safe.
+def _evaluated(
+    rule: Rule, by: tuple[int, ...], inputs: Inputs
+) -> tuple[Array, list[Array]]:
+    """The value ``[..., 1]``, and the derivatives by the inputs of these indices.
 
-    On a CPU, blocks of rows take half the time and none of the memory. But a loop over
+    On a CPU, one block of rows after the other takes half the time and no memory beside
+    the result: derivatives find in the caches what the sums have read. But a loop over
     rows that lie on several devices would gather them all; so there has to be only one.
     """
     *leading, classes = inputs[0].shape
     # Not in the blocks: a bare reduction is fast by itself.
     tops = tuple(map(largest, _logits(inputs)))
 
-    def at_once(sums: Callable[..., Any], *arrays: Array) -> Any:
+    def at_once(sums: Callable[..., Any], *arrays: Array) -> tuple[Array, list[Array]]:
         wide = _widened(arrays)
-        return sums(wide[: len(tops)], *wide[len(tops) :])
+        own = wide[len(tops) :]
+        found = sums(wide[: len(tops)], *own)
+        return found.value, [rule.partial(index, found, *own) for index in by]
 
     here = functools.partial(at_once, rule.sums)
     elsewhere = {}
@@ -139,8 +147,9 @@ def _block(leading: list[int], classes: int) -> list[int]:
 
 
 def _in_blocks(
-    sums: Callable[..., Any], leading: list[int], block: list[int], *arrays: Array
+    of_rows: Callable[..., Any], leading: list[int], block: list[int], *arrays: Array
 ) -> Any:
+    """``of_rows(*arrays)``, arrays ``[..., n]`` like those that it is given."""
     steps = [math.ceil(n / b) for n, b in zip(leading, block, strict=True)]
 
     def of_block(step: Array | int) -> tuple[list[Array], Any]:
@@ -156,7 +165,7 @@ def _in_blocks(
             else each
             for each in arrays
         )
-        return start, sums(*taken)
+        return start, of_rows(*taken)
 
     def fill(step: Array, filled: Any) -> Any:
         start, part = of_block(step)
@@ -166,5 +175,8 @@ def _in_blocks(
         )
 
     shapes = jax.eval_shape(lambda: of_block(0)[1])
-    empty = jax.tree.map(lambda part: jnp.zeros((*leading, 1), part.dtype), shapes)
-    return jax.lax.fori_loop(0, math.prod(steps), fill, empty)
+    # Every row is written; writing zeros first would cost another pass.
+    unwritten = jax.tree.map(
+        lambda part: jax.lax.empty((*leading, part.shape[-1]), part.dtype), shapes
+    )
+    return jax.lax.fori_loop(0, math.prod(steps), fill, unwritten)

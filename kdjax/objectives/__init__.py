@@ -17,7 +17,12 @@ from kdjax.objectives._features import feature_pairs, features
 from kdjax.objectives._generation import masked_generation
 from kdjax.objectives._information import variational_information
 from kdjax.objectives._layer_maps import last_layers, uniform_layers
-from kdjax.objectives._logits import hard_labels, monitor, soft_labels
+from kdjax.objectives._logits import (
+    hard_labels,
+    mixed_labels,
+    monitor,
+    soft_labels,
+)
 from kdjax.objectives._memory import contrastive_memory
 from kdjax.objectives._relations import relations
 from kdjax.objectives._review import review
@@ -32,6 +37,7 @@ __all__ = [
     "hard_labels",
     "last_layers",
     "masked_generation",
+    "mixed_labels",
     "monitor",
     "projectors",
     "relations",

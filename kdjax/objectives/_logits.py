@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
 from jax import Array
 
 from kdjax import fused, losses
-from kdjax.objectives._terms import MASK, counted, entry, feature, now, settings, single
+from kdjax.losses import _checks
+from kdjax.losses._labels import weighted
+from kdjax.objectives._terms import (
+    MASK,
+    check_weight,
+    counted,
+    entry,
+    feature,
+    nothing,
+    now,
+    settings,
+    single,
+)
 from kdjax.types import (
     Batch,
     LinearHead,
@@ -17,18 +31,25 @@ from kdjax.types import (
     Outputs,
     PyTree,
     Scheduled,
+    Term,
 )
 
+Measure = Callable[..., Mean]
+"""``measure(student_logits, teacher_logits, where=mask)`` to a mean over positions."""
 
-def _mean(
-    loss: Callable[..., Array],
+
+def _means(
+    loss: Callable[..., tuple[Array, PyTree]],
     student: Outputs,
     teacher: Outputs | None,
     labels: Array | None,
     batch: Batch,
     where: str | None,
-) -> Mean:
-    """The mean of a loss over logits, or over the head of a student that shows one."""
+) -> tuple[Mean, PyTree]:
+    """The mean of a loss over logits, or over the head of a student that shows one.
+
+    The loss also returns what else is to be known of each position.
+    """
     truth = () if labels is None else (labels,)
     head = student.logits
     if isinstance(head, LinearHead):
@@ -36,10 +57,28 @@ def _mean(
         target = None if teacher is None else teacher.logits
         if teacher is not None and not isinstance(target, LinearHead):
             target = teacher.dense_logits()
-        return fused.token_mean(loss, head, target, *truth, where=counts)
+        return fused.token_means(loss, head, target, *truth, where=counts)
     sides = (student,) if teacher is None else (student, teacher)
-    values = loss(*(side.dense_logits() for side in sides), *truth)
-    return Mean.of(values, counted(batch, where, values.shape, labels))
+    values, others = loss(*(side.dense_logits() for side in sides), *truth)
+    counts = counted(batch, where, values.shape, labels)
+    means = jax.tree.map(lambda each: Mean.of(each, counts), others)
+    return Mean.of(values, counts), means
+
+
+def _mean(loss: Callable[..., Array], *given: Any) -> Mean:
+    """The same of a loss that returns its values alone."""
+    return _means(lambda *sides: (loss(*sides), ()), *given)[0]
+
+
+def _by_position(measure: Measure, student: Array, teacher: Array) -> Array:
+    """What a measure says of each position alone, ``[..., V]`` to ``[...]``."""
+
+    def of(student: Array, teacher: Array) -> Array:
+        return measure(student, teacher, where=None).value()
+
+    for _ in student.shape[:-1]:
+        of = jax.vmap(of)
+    return of(student, teacher)
 
 
 def hard_labels(
@@ -146,17 +185,107 @@ def soft_labels(
     return single(name, weight, compute)
 
 
+def mixed_labels(
+    loss: Callable[..., Array] = losses.forward_kl,
+    *,
+    alpha: Scheduled,
+    name: str = "mixed",
+    weight: Scheduled = 1.0,
+    labels: str = "label",
+    label_smoothing: Scheduled = 0.0,
+    where: str | None = MASK,
+    monitors: Mapping[str, Measure] | None = None,
+    **hyperparameters: Scheduled,
+) -> Objective:
+    """Hard and soft labels in one look at the logits: alpha * CE + (1 - alpha) * loss.
+
+    The gradient is that of :func:`hard_labels` and :func:`soft_labels` with these
+    weights over positions that have a label. Over a
+    :class:`~kdjax.types.LinearHead` the logits are multiplied out once for both, and
+    for all that is monitored; as terms of their own, once for each.
+
+    Args:
+      loss: as for :func:`soft_labels`.
+      alpha: weight of the hard labels, in [0, 1]; the soft ones have 1 - alpha.
+      name: of the term, in metrics; its parts are ``hard`` and ``soft`` there.
+      weight: of the term.
+      labels: entry of the batch, integers ``[...]``; negative ones do not count, for
+        the soft labels either.
+      label_smoothing: in [0, 1]; see :func:`kdjax.losses.cross_entropy`.
+      where: entry of the batch that says what else counts.
+      monitors: measures by name, as for :func:`monitor`, of the same logits.
+      **hyperparameters: the loss's own, as for :func:`soft_labels`.
+
+    Returns:
+      An objective of one term, and of diagnostics with weight 0.
+
+    Raises:
+      ValueError: a Python number is out of its range, two terms have one name, or
+        (when traced) the loss refuses its arguments or an entry is missing.
+
+    Example:
+      >>> from kdjax import metrics
+      >>> objective = mixed_labels(
+      ...     losses.reverse_kl, alpha=0.1, monitors={"agreement": metrics.agreement})
+      >>> outputs, batch = Outputs(jnp.zeros((1, 2))), {"label": jnp.array([0])}
+      >>> terms, _ = objective.apply({}, {}, outputs, outputs, batch, jnp.array(0))
+      >>> sorted(terms), terms["mixed"].mean.value().item()
+      (['agreement', 'hard', 'mixed', 'soft'], 0.0693147)
+    """
+    check_weight(name, weight)
+    if not callable(alpha):
+        _checks.fraction(alpha=alpha)
+    measures = monitors or {}
+    twice = sorted({name, *measures} & {"hard", "soft"} | {name} & set(measures))
+    if twice:
+        raise ValueError(
+            f"name: {twice} is the name of several terms; give each its own."
+        )
+
+    def apply(
+        params: PyTree,
+        state: PyTree,
+        student: Outputs,
+        teacher: Outputs,
+        batch: Batch,
+        step: Array,
+    ) -> tuple[dict[str, Term], PyTree]:
+        share, smoothing = now(alpha, step), now(label_smoothing, step)
+        bound = functools.partial(loss, **settings(hyperparameters, step))
+
+        def parts(student: Array, teacher: Array, truth: Array) -> Any:
+            hard = losses.cross_entropy(student, truth, label_smoothing=smoothing)
+            soft = bound(student, teacher)
+            seen = {
+                key: _by_position(measure, student, teacher)
+                for key, measure in measures.items()
+            }
+            both = weighted(share, hard) + weighted(1 - share, soft)
+            return both, {"hard": hard, "soft": soft, **seen}
+
+        truth = entry(batch, labels, "labels")
+        mean, others = _means(parts, student, teacher, truth, batch, where)
+        diagnostics = {key: Term(0, each) for key, each in others.items()}
+        return {name: Term(now(weight, step), mean), **diagnostics}, state
+
+    return Objective(nothing, dict, apply)
+
+
 def monitor(
-    measure: Callable[..., Mean],
+    measure: Measure,
     *,
     name: str,
     where: str | None = MASK,
 ) -> Objective:
     """A diagnostic of every step: reported with the terms, and never differentiated.
 
+    Over a :class:`~kdjax.types.LinearHead` the logits are multiplied out chunk by chunk
+    once more, and each position is measured by itself; the monitors of
+    :func:`mixed_labels` share the logits of its loss.
+
     Args:
-      measure: ``measure(student_logits, teacher_logits, where=mask)``, such as
-        :func:`kdjax.metrics.agreement`.
+      measure: ``measure(student_logits, teacher_logits, where=mask)`` to a mean, such
+        as :func:`kdjax.metrics.agreement`.
       name: of the term, in metrics.
       where: entry of the batch that says what counts.
 
@@ -175,6 +304,10 @@ def monitor(
     def compute(
         params: PyTree, student: Outputs, teacher: Outputs, batch: Batch, step: Array
     ) -> Mean:
+        if isinstance(student.logits, LinearHead):
+            by_position = functools.partial(_by_position, measure)
+            still = jax.lax.stop_gradient(student)
+            return _mean(by_position, still, teacher, None, batch, where)
         logits = student.dense_logits()
         mask = counted(batch, where, logits.shape[:-1], None)
         return measure(logits, teacher.dense_logits(), where=mask)
