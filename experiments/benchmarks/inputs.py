@@ -27,3 +27,25 @@ def draw(tokens: int, vocabulary: int) -> Inputs:
     return Inputs(
         student, teacher, rng.integers(vocabulary, size=tokens, dtype="int32")
     )
+
+
+class HeadInputs(NamedTuple):
+    """Hidden states ``[N, D]`` and kernel ``[D, V]`` of both sides, and labels."""
+
+    student: tuple[np.ndarray, np.ndarray]
+    teacher: tuple[np.ndarray, np.ndarray]
+    labels: np.ndarray
+
+
+def draw_heads(tokens: int, vocabulary: int, width: int) -> HeadInputs:
+    """Heads whose logits have that spread too; the teacher's is twice as wide."""
+    rng = np.random.default_rng(0)
+
+    def head(width: int) -> tuple[np.ndarray, np.ndarray]:
+        hidden = rng.standard_normal((tokens, width), dtype=np.float32)
+        kernel = rng.standard_normal((width, vocabulary), dtype=np.float32)
+        return hidden, np.float32(3 / width**0.5) * kernel
+
+    student, teacher = head(width), head(2 * width)
+    labels = rng.integers(vocabulary, size=tokens, dtype="int32")
+    return HeadInputs(student, teacher, labels)

@@ -3,15 +3,18 @@
     python -m experiments.benchmarks.linear_head
 
 Value and gradient by the student's hidden states and kernel, of kdjax.fused beside the
-same loss over logits multiplied out, and beside the four matrix products alone. Where
+same loss over logits multiplied out, beside the four matrix products alone, and beside
+what PyTorch has where --torch names a Python. Where
 libtpu is installed, both are also compiled for a TPU slice that is not there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +27,24 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.benchmarks import forms, losses, report, traffic
-from experiments.benchmarks.inputs import LOSSES
-from experiments.benchmarks.report import Figure
+from experiments.benchmarks.inputs import LOSSES, draw_heads
+from experiments.benchmarks.report import Figure, Sample
+from experiments.jobs.processes import Ask
 from kdjax import fused
 from kdjax.types import LinearHead, Mean
 
 AXES = ("data", "model")
-PRODUCTS = "matrix products"
+PLAIN, PRODUCTS = "plain", "matrix products"
+DEFAULT_TARGETS = {PLAIN: 0.9, PRODUCTS: 1.15}
+# Its logarithms and powers weigh more than the products.
+TARGETS = {"jensen_shannon": {PLAIN: 1.0, PRODUCTS: 1.7}}
+LIMIT = 0.2e9
+"""Bytes of temporaries on a chip of the slice, beside the kernel's gradient."""
+PEERS = {
+    "forward_kl": {"torchtune, 8 chunks": "torchtune_forward_kl"},
+    "jensen_shannon": {"Liger, chunked": "liger_jsd", "TRL's formula": "trl_jsd"},
+}
+"""What PyTorch's process calls the sides that compute the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +61,9 @@ class Config:
     """Width of the student; the teacher is twice as wide."""
     losses: tuple[str, ...] = LOSSES
     """Which ones."""
+    torch: Path | None = None
+    """A Python that has torch and, better, liger-kernel and torchtune (pip install
+    --no-deps is enough for both)."""
     chunk_size: int | None = None
     """Tokens at a time, kdjax' own choice by default."""
     repeats: int = 7
@@ -57,8 +74,8 @@ class Config:
     """Tokens on the TPU slice, over all chips."""
     slice_vocabulary: int = 152064
     """Classes on the TPU slice."""
-    slice_width: int = 1024
-    """Width of both models there."""
+    slice_width: int = 2048
+    """Width of the student there; the teacher is twice as wide."""
     markdown: bool = False
     """Prints tables for a README."""
     json: Path | None = None
@@ -100,16 +117,13 @@ Heads = tuple[LinearHead, LinearHead, Array]
 
 
 def draw(batch: tuple[int, ...], vocabulary: int, width: int) -> Heads:
-    """Heads whose logits have the spread of a language model's, and labels."""
-    rng = np.random.default_rng(0)
-
-    def head(width: int) -> LinearHead:
-        hidden = rng.standard_normal((*batch, width), dtype=np.float32)
-        kernel = rng.standard_normal((width, vocabulary), dtype=np.float32)
-        return LinearHead(jnp.asarray(hidden), jnp.asarray(3 / width**0.5 * kernel))
-
-    labels = rng.integers(vocabulary, size=batch, dtype=np.int32)
-    return head(width), head(2 * width), jnp.asarray(labels)
+    """The heads that PyTorch's process draws too, for a batch of this shape."""
+    inputs = draw_heads(math.prod(batch), vocabulary, width)
+    student, teacher = (
+        LinearHead(jnp.asarray(hidden.reshape(*batch, -1)), jnp.asarray(kernel))
+        for hidden, kernel in (inputs.student, inputs.teacher)
+    )
+    return student, teacher, jnp.asarray(inputs.labels.reshape(batch))
 
 
 def chunked(loss: forms.Loss, chunk_size: int | None = None) -> Callable[..., Array]:
@@ -147,32 +161,63 @@ def of_size(
     widths = f"widths {config.width} and {2 * config.width}"
     section = f"Value and gradient, {[*batch]} x {vocabulary} float32, {widths}"
     bare = jax.jit(products).lower(*arrays).compile()
-    for name in config.losses:
-        loss = forms.KDJAX[name]
-        sides = {"kdjax": chunked(loss, config.chunk_size), "plain": plain(loss)}
-        programs = {
-            side: jax.jit(jax.value_and_grad(mean)).lower(*arrays).compile()
-            for side, mean in sides.items()
-        }
-        _agree(name, *(program(*arrays) for program in programs.values()))
-        runs = {
-            side: report.stopwatch(functools.partial(losses.run, program, arrays))
-            for side, program in (programs | {PRODUCTS: bare}).items()
-        }
-        samples = report.interleaved(runs, config.repeats, pause=0.3)
-        for other, target in {"plain": 1.0, PRODUCTS: None}.items():
-            pair = samples["kdjax"], samples[other]
-            yield from report.compared(section, name, other, *pair, target)
-        yield _memory(section, name, programs)
+    with contextlib.ExitStack() as stack:
+        ask = None
+        if config.torch is not None:
+            size = {"tokens": math.prod(batch), "vocabulary": vocabulary}
+            process = losses.asked(
+                config.torch, "torch_heads", **size, width=config.width
+            )
+            ask = stack.enter_context(process)
+        for name in config.losses:
+            loss = forms.KDJAX[name]
+            sides = {"kdjax": chunked(loss, config.chunk_size), "plain": plain(loss)}
+            programs = {
+                side: jax.jit(jax.value_and_grad(mean)).lower(*arrays).compile()
+                for side, mean in sides.items()
+            }
+            mine = _largest(programs["kdjax"](*arrays))
+            _agree(name, mine, _largest(programs["plain"](*arrays)))
+            runs = {
+                side: report.stopwatch(functools.partial(losses.run, program, arrays))
+                for side, program in (programs | {PRODUCTS: bare}).items()
+            }
+            runs |= _of_torch(ask, name, mine) if ask is not None else {}
+            samples = report.interleaved(runs, config.repeats, pause=0.3)
+            ours = samples.pop("kdjax")
+            for other, theirs in samples.items():
+                target = TARGETS.get(name, DEFAULT_TARGETS).get(other)
+                yield from report.compared(section, name, other, ours, theirs, target)
+            yield _memory(section, name, programs)
 
 
-def _agree(name: str, ours: Any, theirs: Any) -> None:
+def _of_torch(
+    ask: Ask, name: str, mine: Sequence[float]
+) -> dict[str, Callable[[], Sample]]:
+    """The sides of PyTorch's that compute this loss and are installed."""
+
+    def timed(side: str) -> Sample:
+        wall, cpu, *_ = ask(side)
+        return Sample(wall, cpu)
+
+    runs: dict[str, Callable[[], Sample]] = {}
+    for label, side in PEERS.get(name, {}).items():
+        answer = ask(side)
+        if len(answer) > 1:
+            _agree(label, mine, answer[2:])
+            runs[label] = functools.partial(timed, side)
+    return runs
+
+
+def _largest(found: tuple[Array, LinearHead]) -> list[float]:
+    """The largest gradients by hidden states and by kernel."""
+    _, by = found
+    return [float(jnp.abs(by.hidden).max()), float(jnp.abs(by.kernel).max())]
+
+
+def _agree(name: str, ours: Sequence[float], theirs: Sequence[float]) -> None:
     """Both sides compute the same thing, or their times say nothing."""
-    mine, other = (
-        [float(value), float(jnp.abs(by.hidden).max()), float(jnp.abs(by.kernel).max())]
-        for value, by in (ours, theirs)
-    )
-    np.testing.assert_allclose(mine, other, rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, err_msg=name)
 
 
 def _memory(section: str, name: str, programs: dict[str, Any]) -> Figure:
@@ -181,7 +226,7 @@ def _memory(section: str, name: str, programs: dict[str, Any]) -> Figure:
         for side in ("kdjax", "plain")
     )
     sides = f"{ours / 1e6:.1f} MB", "plain", f"{theirs / 1e6:.1f} MB"
-    return Figure(section, name, "temporaries", *sides, ours / theirs, target=0.5)
+    return Figure(section, name, "temporaries", *sides, ours / theirs, target=0.1)
 
 
 def on_slice(config: Config) -> Iterator[Figure]:
@@ -189,20 +234,40 @@ def on_slice(config: Config) -> Iterator[Figure]:
     shape = config.slice_tokens, config.slice_vocabulary, config.slice_width
     for ways, layout in (((16, 1), "tokens"), ((4, 4), "tokens and classes")):
         section = f"{[*shape]} bfloat16 on {traffic.SLICE}, {layout} split, per chip"
+        # It is summed in float32, and leaves in the kernel's dtype.
+        gradient = 4 * config.slice_width * config.slice_vocabulary / ways[1]
         for name in config.losses:
             loss = forms.KDJAX[name]
             sides = {"kdjax": chunked(loss, config.chunk_size), "plain": plain(loss)}
-            programs = {
-                side: compiled(mean, ways, *shape) for side, mean in sides.items()
-            }
-            yield _memory(section, name, programs)
-            ours, theirs = (traffic.program(programs[side]) for side in sides)
+            ours, theirs = (
+                traffic.program(compiled(mean, ways, *shape)) for mean in sides.values()
+            )
+            beyond = max(0.0, ours.temporaries - gradient)
+            yield Figure(
+                section,
+                name,
+                "temporaries",
+                f"{ours.temporaries / 1e6:.1f} MB",
+                PLAIN,
+                f"{theirs.temporaries / 1e6:.1f} MB",
+                ours.temporaries / theirs.temporaries,
+            )
+            yield Figure(
+                section,
+                name,
+                "beyond the kernel's gradient",
+                f"{beyond / 1e6:.1f} MB",
+                "a limit",
+                f"{LIMIT / 1e6:.1f} MB",
+                beyond / LIMIT,
+                target=1.0,
+            )
             yield Figure(
                 section,
                 name,
                 f"gathered (+{ours.collectives['all-reduce']} all-reduce)",
                 str(ours.moved),
-                "plain",
+                PLAIN,
                 f"{theirs.moved} (+{theirs.collectives['all-reduce']})",
                 ours.moved,
                 target=0,
@@ -224,19 +289,22 @@ def compiled(
         sharding = NamedSharding(mesh, P(*spec))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    head = LinearHead(
-        array((tokens, width), jnp.bfloat16, "data"),
-        array((width, vocabulary), jnp.bfloat16, None, "model"),
-    )
+    def head(width: int) -> LinearHead:
+        return LinearHead(
+            array((tokens, width), jnp.bfloat16, "data"),
+            array((width, vocabulary), jnp.bfloat16, None, "model"),
+        )
+
     labels = array((tokens,), jnp.int32, "data")
 
     def on_mesh(*arrays: Any) -> Array:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return mean(*arrays)
 
-    kept = jax.tree.map(lambda leaf: leaf.sharding, head)
+    student, teacher = head(width), head(2 * width)
+    kept = jax.tree.map(lambda leaf: leaf.sharding, student)
     function: Any = jax.jit(jax.value_and_grad(on_mesh), out_shardings=(None, kept))
-    return function.lower(head, head, labels).compile()
+    return function.lower(student, teacher, labels).compile()
 
 
 if __name__ == "__main__":

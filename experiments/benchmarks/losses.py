@@ -12,8 +12,7 @@ import dataclasses
 import functools
 import os
 import platform
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,8 +25,9 @@ import tyro
 from experiments.benchmarks import forms, report, step, traffic
 from experiments.benchmarks.inputs import LOSSES, draw
 from experiments.benchmarks.report import Figure, Sample
+from experiments.jobs import processes
+from experiments.jobs.processes import Ask
 
-ROOT = Path(__file__).parents[2]
 TORCH = "PyTorch, compiled"
 
 
@@ -109,7 +109,10 @@ def of_losses(config: Config) -> Iterator[Figure]:
     section = f"Value and gradient by the student, {shape}"
     arrays = jax.device_put(tuple(draw(config.tokens, config.vocabulary)))
     with contextlib.ExitStack() as stack:
-        ask = stack.enter_context(_torch(config)) if config.torch else None
+        ask = None
+        if config.torch is not None:
+            size = {"tokens": config.tokens, "vocabulary": config.vocabulary}
+            ask = stack.enter_context(asked(config.torch, "torch_losses", **size))
         for name in LOSSES:
             programs = {
                 side: jax.jit(forms.mean_and_gradient(form[name]))
@@ -122,7 +125,7 @@ def of_losses(config: Config) -> Iterator[Figure]:
                 for side, program in programs.items()
             }
             if ask is not None:
-                _agree(name, programs["kdjax"](*arrays), ask(name))
+                _agree(name, programs["kdjax"](*arrays), Answer(*ask(name)))
                 runs[TORCH] = functools.partial(_time_of, ask, name)
             samples = report.interleaved(runs, config.repeats, pause=0.3)
             for other, target in {"Optax": 0.7, TORCH: 1.0}.items():
@@ -137,8 +140,9 @@ def run(program: Any, arrays: Any) -> None:
     jax.block_until_ready(program(*arrays))
 
 
-def _time_of(ask: Callable[[str], Answer], name: str) -> Sample:
-    return ask(name).sample
+def _time_of(ask: Ask, name: str) -> Sample:
+    wall, cpu, *_ = ask(name)
+    return Sample(wall, cpu)
 
 
 def _memory(section: str, name: str, programs: dict[str, Any]) -> Figure:
@@ -153,7 +157,8 @@ def _memory(section: str, name: str, programs: dict[str, Any]) -> Figure:
 class Answer(NamedTuple):
     """One run of PyTorch's, and what came out."""
 
-    sample: Sample
+    wall: float
+    cpu: float
     value: float
     largest: float
 
@@ -166,40 +171,12 @@ def _agree(name: str, ours: tuple[Any, Any], theirs: Answer) -> None:
     np.testing.assert_allclose(mine, expected, rtol=1e-4, err_msg=f"{name} in torch")
 
 
-@contextlib.contextmanager
-def _torch(config: Config) -> Iterator[Callable[[str], Answer]]:
-    """A process of PyTorch that runs a loss when it is asked to."""
-    python = str(Path(str(config.torch)).expanduser())
-    options = {
-        "--tokens": config.tokens,
-        "--vocabulary": config.vocabulary,
-        "--threads": _cores(),
-    }
-    command = [python, "-m", "experiments.benchmarks.torch_losses"]
-    command += [str(word) for pair in options.items() for word in pair]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        say, hear = process.stdin, process.stdout
-
-        def ask(name: str) -> Answer:
-            with contextlib.suppress(BrokenPipeError):
-                say.write(f"{name}\n")
-                say.flush()
-            answer = hear.readline().split()
-            if not answer:
-                raise RuntimeError(f"torch: {python} gave up; its message is above.")
-            wall, cpu, value, largest = map(float, answer)
-            return Answer(Sample(wall, cpu), value, largest)
-
-        try:
-            yield ask
-        finally:
-            with contextlib.suppress(BrokenPipeError):
-                say.close()
+def asked(
+    torch: Path, module: str, **options: object
+) -> contextlib.AbstractContextManager[Ask]:
+    """A process of PyTorch with as many threads as there are cores."""
+    module = f"experiments.benchmarks.{module}"
+    return processes.asked(torch, module, **options, threads=_cores())
 
 
 if __name__ == "__main__":

@@ -9,12 +9,10 @@ both sides. The README beside this file says what came out.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +26,7 @@ import tyro
 from flax.traverse_util import flatten_dict
 
 from experiments.jobs.evaluation import Evaluator
+from experiments.jobs.processes import asked
 from experiments.vision.methods import objective
 from experiments.vision.methods.logits import HARD_WEIGHT, SOFT_WEIGHT, TEMPERATURE
 from experiments.vision.preparation import (
@@ -40,8 +39,6 @@ from kdjax import Adapted, make_train_step, teachers
 from kdjax.io.input import HostBatch, batches
 from kdjax.tools.report import mean_and_spread
 from kdjax.train import init_state
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +110,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train = _with_kdjax(side)
     with tempfile.TemporaryDirectory() as folder:
         _write_shared(side, Path(folder))
-        with _torch(options, folder) as ask:
+        threads = options.threads or len(os.sched_getaffinity(0))
+        module = "experiments.vision.torch_kd"
+        with asked(options.torch, module, folder=folder, threads=threads) as ask:
             for seed in range(options.seeds):
                 path = Path(folder) / f"seed-{seed}.npz"
                 given = list(side.batches(seed))
                 _write_student(side, path, seed, given)
                 ours.append(train(seed, given))
-                theirs.append(ask(seed))
+                theirs.append(Answer(*ask(seed)))
                 path.unlink()
                 print(
                     f"seed {seed}: kdjax {ours[-1]}, PyTorch {theirs[-1]}", flush=True
@@ -219,37 +218,6 @@ def _write_student(
         name: np.stack([b[name] for b in given]) for name in ("x", "label")
     }
     np.savez(path, **(_arrays(student) | stacked))
-
-
-@contextlib.contextmanager
-def _torch(options: Comparison, folder: str) -> Iterator[Callable[[int], Answer]]:
-    """A process of PyTorch that trains the student of a seed when it is asked to."""
-    python = options.torch.expanduser()
-    threads = options.threads or len(os.sched_getaffinity(0))
-    command = [str(python), "-m", "experiments.vision.torch_kd"]
-    command += ["--folder", folder, "--threads", str(threads)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        say, hear = process.stdin, process.stdout
-
-        def ask(seed: int) -> Answer:
-            with contextlib.suppress(BrokenPipeError):
-                say.write(f"{seed}\n")
-                say.flush()
-            answer = hear.readline().split()
-            if not answer:
-                raise RuntimeError(f"torch: {python} gave up; its message is above.")
-            return Answer(*map(float, answer))
-
-        try:
-            yield ask
-        finally:
-            with contextlib.suppress(BrokenPipeError):
-                say.close()
 
 
 if __name__ == "__main__":

@@ -15,8 +15,13 @@ from kdjax.fused._chunks import Plan, per_token, total
 from kdjax.losses._rows import wide_dtype
 from kdjax.types import LinearHead, Mean, PyTree
 
-CHUNK_BYTES = 2**26
-"""Memory for one side's logits of a chunk, on each device, by default: 64 MiB."""
+CHUNK_BYTES = 3 * 2**24
+"""Memory for a chunk's logits of student and teacher and their gradient, on each
+device, by default: 48 MiB."""
+
+LEAST_TOKENS = 128
+"""Tokens of a chunk by default at least, whatever their logits take: with fewer, matrix
+products would wait for the kernel to be read."""
 
 TOKEN_AXES = ("data", "fsdp")
 """Axes of a mesh that tokens are split over, by default."""
@@ -56,7 +61,8 @@ def token_mean(
       *per_token_args: labels, say: arrays ``[*batch, ...]``, or trees of them.
       where: boolean ``[*batch]``, what counts; what else there is may be NaN.
       chunk_size: most tokens on each device that have logits at a time. ``None`` is as
-        many as fit into ``CHUNK_BYTES``. It changes memory and speed alone.
+        many as fit into ``CHUNK_BYTES``, but ``LEAST_TOKENS`` at least. It changes
+        memory and speed alone.
       token_axes: axes of the mesh that tokens are split over; those that it does not
         have, or that a ``shard_map`` around this has split already, are left out.
 
@@ -159,7 +165,7 @@ def token_means(
     if chunk_size is None:
         kernel = student.kernel
         token_bytes = kernel.shape[1] * wide_dtype(student.hidden, kernel).itemsize
-        chunk_size = max(1, CHUNK_BYTES // max(1, token_bytes))
+        chunk_size = max(LEAST_TOKENS, CHUNK_BYTES // max(1, 3 * token_bytes))
     value, rest = total(Plan(loss, chunk_size, axes), *inputs)
     count = jnp.sum(counts, dtype=jnp.int32)
     return Mean(value, count), jax.tree.map(lambda each: Mean(each, count), rest)

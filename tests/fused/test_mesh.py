@@ -167,13 +167,13 @@ def test_step_with_a_head_equals_the_dense_one():
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_placed_step_with_a_head_equals_the_dense_one(accumulate, monkeypatch):
     seen = []
-    token_mean = fused.token_mean
+    token_means = fused.token_means
 
     def watched(*args, **options):
         seen.append(dict(jax.sharding.get_abstract_mesh().shape))
-        return token_mean(*args, **options)
+        return token_means(*args, **options)
 
-    monkeypatch.setattr(fused, "token_mean", watched)
+    monkeypatch.setattr(fused, "token_means", watched)
     mesh = make_mesh({"data": 4, "model": 2})
     got = trained(False, mesh, accumulate=accumulate)
     heads.assert_close(got, trained_dense(), 2e-6)
