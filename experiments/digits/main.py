@@ -16,7 +16,7 @@ from experiments.digits.config import Config
 from experiments.digits.kinds import KINDS, Kind
 from experiments.digits.model import student_net, teacher_net
 from experiments.jobs import command
-from experiments.jobs.data import Images, fewest, hide_labels, labelled_only
+from experiments.jobs.data import Images, Parts, fewest, hide_labels, labelled_only
 from experiments.jobs.evaluation import Evaluator
 from experiments.jobs.interruption import Sigterm
 from experiments.jobs.networks import fingerprint, load_teacher, trained
@@ -28,10 +28,18 @@ from kdjax.types import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What was checked: options, what trainings share, a teacher that was loaded."""
+    """What was checked.
+
+    Attributes:
+      config: the command line.
+      job: what trainings share.
+      parts: the data.
+      teacher: from an earlier run, ``None`` if it is trained here.
+    """
 
     config: Config
     job: Job
+    parts: Parts
     teacher: Adapted | None = None
 
 
@@ -74,21 +82,19 @@ def _prepared(config: Config, console: Console, sigterm: Sigterm) -> Prepared:
         )
     job = Job(
         config.settings("trained here"),
-        parts,
-        data.CLASSES,
         config.batch_size,
         console,
         sigterm,
         tensorboard=config.tensorboard,
     )
-    prepared = Prepared(config, job)
+    prepared = Prepared(config, job, parts)
     if config.teacher is not None:
         net = teacher_net(seed=0)
         template = _trainer_of_teacher(prepared).initial(net, seed=0)
         teacher = load_teacher(config.teacher, net, template, "runs/digits/teacher")
         settings = config.settings(fingerprint(teacher))
         job = dataclasses.replace(job, settings=settings)
-        prepared = Prepared(config, job, teacher)
+        prepared = Prepared(config, job, parts, teacher)
     claim(config.out, job.settings)
     return prepared
 
@@ -98,16 +104,16 @@ def _length(config: Config, steps: int) -> Length:
 
 
 def _trainer_of_teacher(prepared: Prepared) -> Trainer:
-    job, net = prepared.job, teacher_net(seed=0)
-    steps = prepared.config.teacher_steps
+    net, steps = teacher_net(seed=0), prepared.config.teacher_steps
     return Trainer(
-        job,
+        prepared.job,
         net,
         None,
         objectives.hard_labels(),
         optax.adamw(optax.cosine_decay_schedule(2e-3, steps)),
+        examples=prepared.parts.train,
         length=_length(prepared.config, steps),
-        evaluator=Evaluator(net.model, job.parts, job.classes, None),
+        evaluator=Evaluator(net.model, prepared.parts, data.CLASSES, None),
         transform=data.shift,
     )
 
@@ -125,7 +131,7 @@ def _train(prepared: Prepared) -> bool:
         job.console.print(f"All runs in {config.out} are finished.")
         return False
     net, teacher = student_net(seed=0), teachers.frozen(_teacher(prepared))
-    evaluator = Evaluator(net.model, job.parts, job.classes, teacher)
+    evaluator = Evaluator(net.model, prepared.parts, data.CLASSES, teacher)
     trainers = {
         distilled: _trainer_of_student(prepared, net, teacher, evaluator, distilled)
         for distilled in {kind.distilled for kind, _ in pending}
@@ -144,7 +150,7 @@ def _teacher(prepared: Prepared) -> Adapted:
     trainer = _trainer_of_teacher(prepared)
     if prepared.teacher is None:
         prepared.job.console.print("teacher")
-        images = prepared.job.parts.train
+        images = prepared.parts.train
         return trained(net, trainer.run(folder, net, images, seed=0))
     trainer.finish(folder, trainer.initial(prepared.teacher, seed=0), step_ms=None)
     return prepared.teacher
@@ -177,6 +183,7 @@ def _trainer_of_student(
         teacher,
         objective,
         optax.adamw(schedule),
+        examples=prepared.parts.train,
         length=_length(config, config.steps),
         evaluator=evaluator,
     )
@@ -184,7 +191,7 @@ def _trainer_of_student(
 
 def _images(prepared: Prepared, kind: Kind, seed: int) -> Images:
     """What a student of this kind and seed learns from."""
-    images = prepared.job.parts.train
+    images = prepared.parts.train
     if kind.few:
         images = hide_labels(images, prepared.config.labels_per_class, seed)
     return images if kind.unlabelled else labelled_only(images)
@@ -198,6 +205,6 @@ def _report(prepared: Prepared, seconds: float | None) -> None:
     console.print(table.rich())
     for line in report.findings(results, config):
         console.print(line)
-    path = report.write(config, prepared.job.parts, results)
+    path = report.write(config, prepared.parts, results)
     done = "" if seconds is None else f" after {seconds:.0f} s"
     console.print(f"Curves and pictures{done}: {path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Callable
 
 import jax
@@ -84,10 +85,12 @@ class Evaluator:
         """All scores on the test part."""
         return self._scores(state, self._test)
 
-    def test_logits(self, state: DistillState) -> np.ndarray:
+    def files(self, state: DistillState) -> dict[str, bytes]:
         """What the network says of each image of the test part, ``[N, classes]``."""
         logits = [self._student_logits(state, batch) for batch in self._test]
-        return np.concatenate(logits)[: self._test_images]
+        buffer = io.BytesIO()
+        np.save(buffer, np.concatenate(logits)[: self._test_images])
+        return {"test_logits.npy": buffer.getvalue()}
 
     def _scores(self, state: DistillState, part: list[Batch]) -> dict[str, float]:
         scores = evaluate(self._eval_step, state, {}, part)

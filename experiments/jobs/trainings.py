@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import jax
-import numpy as np
 import optax
 from rich.console import Console
 
-from experiments.jobs.data import Images, Parts
-from experiments.jobs.evaluation import Evaluator
 from experiments.jobs.interruption import Interrupted, Sigterm
 from kdjax import Adapted, Objective, Teacher, make_train_step, teachers
 from kdjax.io.checkpoints import Checkpoints
-from kdjax.io.input import Transform, batches
+from kdjax.io.input import HostBatch, Transform, batches
 from kdjax.io.logs import JsonLines, ProgressBar, TensorBoard
 from kdjax.tools.report import write_whole
 from kdjax.train import DistillState, fit, init_state, make_mesh, place, place_step
 from kdjax.train.loop import Batches, Step
-from kdjax.types import PyTree
+from kdjax.types import Batch, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +32,13 @@ class Job:
 
     Attributes:
       settings: what the numbers depend on; checkpoints with others are refused.
-      parts: the data.
-      classes: how many there are.
-      batch_size: images per step, over all devices.
+      batch_size: examples per step, over all devices.
       console: where to print.
       sigterm: notices what ``fit`` does not tell of.
       tensorboard: whether to write events for it too.
     """
 
     settings: Mapping[str, Any]
-    parts: Parts
-    classes: int
     batch_size: int
     console: Console
     sigterm: Sigterm
@@ -68,7 +60,7 @@ class Result:
 
     Attributes:
       parameters: of the network.
-      scores: on the test part.
+      scores: on what was held out.
       step_ms: median time of a step in milliseconds; ``None`` if too few were seen
         since the training was started again.
     """
@@ -82,6 +74,10 @@ class Result:
         """The result in a run's folder, ``None`` while it is unfinished."""
         path = folder / "result.json"
         return cls(**json.loads(path.read_text())) if path.exists() else None
+
+
+Rollout: TypeAlias = Callable[[DistillState, PyTree, Batch], Batch]
+"""``(state, frozen, batch) -> batch``."""
 
 
 class _StepTimes:
@@ -104,6 +100,22 @@ class _StepTimes:
         pass
 
 
+class Evaluation(Protocol):
+    """How networks are measured."""
+
+    def along_the_way(self, state: DistillState) -> dict[str, float]:
+        """What a training records of itself."""
+        ...
+
+    def test(self, state: DistillState) -> dict[str, float]:
+        """The scores of its end."""
+        ...
+
+    def files(self, state: DistillState) -> dict[str, bytes]:
+        """What else is kept of its end, by the names of files."""
+        ...
+
+
 class Trainer:
     """Trains networks of one architecture with one objective, one per seed.
 
@@ -114,9 +126,12 @@ class Trainer:
         is none.
       objective: what is trained for.
       optimizer: with its schedule.
+      examples: some that it learns from, for their shapes.
       length: in steps.
       evaluator: measures it.
       transform: augments batches.
+      rollout: changes the batch inside the step, by the state and the teacher's
+        arrays; ``None`` leaves it as it is.
     """
 
     def __init__(
@@ -127,11 +142,14 @@ class Trainer:
         objective: Objective,
         optimizer: optax.GradientTransformation,
         *,
+        examples: HostBatch,
         length: Length,
-        evaluator: Evaluator,
+        evaluator: Evaluation,
         transform: Transform | None = None,
+        rollout: Rollout | None = None,
     ):
         self._job = job
+        self._examples = examples
         self._length = length
         self._evaluator = evaluator
         self._transform = transform
@@ -141,7 +159,7 @@ class Trainer:
         self._parts = (source, objective, optimizer)
         self._mesh = make_mesh()
         self._frozen = place(frozen, self._mesh)
-        step = make_train_step(net.model, *self._parts)
+        step = _after(rollout, make_train_step(net.model, *self._parts))
         self._step: Step
         if self._mesh.size == 1:
             self._step = jax.jit(step, donate_argnums=0)
@@ -152,7 +170,7 @@ class Trainer:
     def initial(self, net: Adapted, seed: int) -> DistillState:
         """The state that a training starts from."""
         # For shapes only.
-        batch: Any = next(self._batches(self._job.parts.train, seed))
+        batch: Any = next(self._batches(self._examples, seed))
         state = init_state(
             net,
             *self._parts,
@@ -163,14 +181,14 @@ class Trainer:
         return place(state, self._mesh)
 
     def run(
-        self, folder: Path, net: Adapted, images: Images, seed: int
+        self, folder: Path, net: Adapted, examples: HostBatch, seed: int
     ) -> DistillState:
         """Trains from the newest checkpoint in the folder on, and measures the end.
 
         Args:
           folder: of this training alone.
           net: with the initial arrays of the seed.
-          images: what it learns from.
+          examples: what it learns from.
           seed: of the order of the batches, of augmentation and of dropout.
 
         Raises:
@@ -195,7 +213,7 @@ class Trainer:
                 self._step,
                 self.initial(net, seed),
                 self._frozen,
-                self._batches(images, seed),
+                self._batches(examples, seed),
                 steps=self._length.steps,
                 evaluate=self._evaluator.along_the_way,
                 evaluate_every=self._length.evaluate_every,
@@ -210,24 +228,23 @@ class Trainer:
         return result.state
 
     def finish(self, folder: Path, state: DistillState, step_ms: float | None) -> None:
-        """Writes the logits of the test part, then the result, which ends the run."""
+        """Writes what is kept of the end, then the result, which ends the run."""
         if Result.read(folder) is not None:
             return
-        buffer = io.BytesIO()
-        np.save(buffer, self._evaluator.test_logits(state))
-        write_whole(folder / "test_logits.npy", buffer.getvalue())
+        for name, content in self._evaluator.files(state).items():
+            write_whole(folder / name, content)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params["student"]))
         result = Result(parameters, self._evaluator.test(state), step_ms)
         write_whole(folder / "result.json", json.dumps(dataclasses.asdict(result)))
 
     def stopwatch(
-        self, net: Adapted, images: Images, steps: int
+        self, net: Adapted, examples: HostBatch, steps: int
     ) -> Callable[[], float]:
         """A training to measure time on, of which nothing is kept.
 
         Args:
           net: with any arrays.
-          images: what it learns from.
+          examples: what it learns from.
           steps: how many each call of the result goes on for.
 
         Returns:
@@ -235,7 +252,7 @@ class Trainer:
           call may compile.
         """
         state = self.initial(net, seed=0)
-        source = self._batches(images, seed=0)
+        source = self._batches(examples, seed=0)
 
         def seconds() -> float:
             nonlocal state
@@ -247,13 +264,20 @@ class Trainer:
 
         return seconds
 
-    def _batches(self, images: Images, seed: int) -> Batches:
-        devices = jax.device_count()
-        most = len(images["x"]) // devices * devices
+    def _batches(self, examples: HostBatch, seed: int) -> Batches:
+        devices, length = jax.device_count(), len(next(iter(examples.values())))
         return batches(
-            images,
-            batch_size=min(self._job.batch_size, most),
+            examples,
+            batch_size=min(self._job.batch_size, length // devices * devices),
             seed=seed,
             transform=self._transform,
-            num_classes=self._job.classes,
         )
+
+
+def _after(rollout: Rollout | None, step: Step) -> Step:
+    """The step on the batch that a rollout makes."""
+    if rollout is None:
+        return step
+    return lambda state, frozen, batch: step(
+        state, frozen, rollout(state, frozen, batch)
+    )

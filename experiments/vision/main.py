@@ -12,6 +12,7 @@ import tyro
 from experiments.jobs import command
 from experiments.jobs.evaluation import Evaluator
 from experiments.jobs.networks import trained
+from experiments.jobs.timing import Timing, measured
 from experiments.jobs.trainings import Result, Trainer
 from experiments.vision import report
 from experiments.vision.config import Config
@@ -24,7 +25,6 @@ from experiments.vision.preparation import (
     setup_of,
     trainer_of_teacher,
 )
-from experiments.vision.timing import Timing, measured
 from kdjax import Adapted, teachers
 
 
@@ -69,7 +69,8 @@ def _train(prepared: Prepared) -> None:
     setup = setup_of(prepared, teacher)
     source = teachers.frozen(teacher)
     net = setup.student.adapted
-    evaluator = Evaluator(net.model, job.parts, job.classes, source, test_too=True)
+    parts, classes = prepared.images.parts, prepared.images.classes
+    evaluator = Evaluator(net.model, parts, classes, source, test_too=True)
 
     def trainer(name: str) -> Trainer:
         return Trainer(
@@ -78,6 +79,7 @@ def _train(prepared: Prepared) -> None:
             source,
             objective(name, setup),
             config.optimizer_for(config.learning_rate, setup.steps),
+            examples=parts.train,
             length=length_of(config, setup.steps),
             evaluator=evaluator,
             transform=config.augmentation(of_student=True),

@@ -103,8 +103,6 @@ def of_finished(run: Path, data_dir: Path | None) -> Prepared:
 def _job(config: Config, images: ImageSet, console: Console, sigterm: Sigterm) -> Job:
     return Job(
         config.settings("trained here", images.fingerprint),
-        images.parts,
-        images.classes,
         config.batch_size,
         console,
         sigterm,
@@ -214,16 +212,20 @@ def length_of(config: Config, steps: int) -> Length:
 
 
 def trainer_of_teacher(prepared: Prepared) -> Trainer:
-    config, job = prepared.config, prepared.job
+    config, images = prepared.config, prepared.images
     net = prepared.network(config.teacher_model, seed=0).adapted
-    steps = config.teacher_epochs * (len(job.parts.train["x"]) // config.batch_size)
+    train = images.parts.train
+    steps = config.teacher_epochs * (len(train["x"]) // config.batch_size)
     return Trainer(
-        job,
+        prepared.job,
         net,
         None,
         objectives.hard_labels(),
         config.optimizer_for(config.teacher_learning_rate, steps),
+        examples=train,
         length=length_of(config, steps),
-        evaluator=Evaluator(net.model, job.parts, job.classes, None, test_too=True),
+        evaluator=Evaluator(
+            net.model, images.parts, images.classes, None, test_too=True
+        ),
         transform=config.augmentation(of_student=False),
     )

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.jobs.curves import records, series
+from experiments.jobs.timing import Timing
 from experiments.jobs.trainings import Result
 from experiments.vision import figures
 from experiments.vision.config import Config
 from experiments.vision.methods import ALONE
-from experiments.vision.timing import Timing
 from kdjax.tools.report import Table, image, mean_and_spread, page, png, write_whole
 
 _COLUMNS = (

@@ -7,9 +7,9 @@ import json
 import statistics
 from pathlib import Path
 
-from experiments.jobs.data import Images
 from experiments.jobs.trainings import Trainer
 from kdjax import Adapted
+from kdjax.io.input import HostBatch
 from kdjax.tools.report import write_whole
 
 _ROUNDS, _STEPS = 10, 8
@@ -39,9 +39,9 @@ class Timing:
         write_whole(folder / "timing.json", json.dumps(dataclasses.asdict(self)))
 
 
-def measured(own: Trainer, alone: Trainer, net: Adapted, images: Images) -> Timing:
+def measured(own: Trainer, alone: Trainer, net: Adapted, examples: HostBatch) -> Timing:
     """Times a method beside plain training; both may compile first."""
-    sides = [trainer.stopwatch(net, images, _STEPS) for trainer in (alone, own)]
+    sides = [trainer.stopwatch(net, examples, _STEPS) for trainer in (alone, own)]
     for side in sides:
         side()
     rounds = []
