@@ -91,11 +91,11 @@ def pick(captured: Mapping[str, Array], wanted: Sequence[str]) -> dict[str, Arra
 
 
 def _place(path: str, captured: Mapping[str, Array]) -> tuple[str, int | None]:
-    """What ``"blocks[2]"`` names: entry 2 of ``"blocks"``."""
-    indexed = re.fullmatch(r"(.+)\[(-?\d+)\]", path)
+    """What ``"blocks[2]/norm"`` names, or ``"blocks/norm[2]"``: its entry 2."""
+    indexed = re.fullmatch(r"(.+)\[(-?\d+)\](.*)", path)
     if path in captured or indexed is None:
         return path, None
-    return indexed[1], int(indexed[2])
+    return indexed[1] + indexed[3], int(indexed[2])
 
 
 def _entry(stack: Array, index: int, path: str) -> Array:

@@ -50,7 +50,7 @@ def from_linen(
         ``"attention/attention_weights"``. A second call of the same one is
         ``"Dense_0#1"``. Under ``linen.scan`` with ``variable_axes={"intermediates":
         0, ...}`` the layers come stacked, ``[L, ...]``: ``"blocks[2]"`` is the third
-        of them, ``"blocks[-1]"`` the last.
+        of them, ``"blocks[-1]/attention"`` a part of the last.
       rngs: random streams it uses while training.
 
     Returns:

@@ -35,7 +35,8 @@ def from_nnx(
         of what they sow as ``nnx.Intermediate``, such as
         ``"attention/attention_weights"``. A second call of the same one is
         ``"blocks/0#1"``. Under ``nnx.scan`` the layers come stacked, ``[L, ...]``:
-        ``"blocks[2]"`` is the third of them, ``"blocks[-1]"`` the last.
+        ``"blocks[2]"`` is the third of them, ``"blocks[-1]/attention"`` a part of the
+        last.
 
     Returns:
       The model, its parameters and its state, plain dicts of arrays.

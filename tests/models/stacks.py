@@ -120,6 +120,9 @@ class Kind(NamedTuple):
         """What to ask for to see a part of a layer."""
         part = f"/{part}" if part else ""
         if "scan" in self.kind:
+            # The layer may be named where it is or at the end.
+            if self.framework == "nnx":
+                return f"blocks[{layer}]{part}"
             return f"blocks{part}[{layer}]"
         return f"blocks{'/' if self.framework == 'nnx' else '_'}{layer}{part}"
 

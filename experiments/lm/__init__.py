@@ -1,0 +1,1 @@
+"""Language models: a decoder, its weights, and what it writes."""
