@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -79,13 +80,13 @@ class DecoderConfig:
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, each in the slot of its position.
+    """Keys and values of the tokens so far in one layer, in the slots of their places.
 
     A later token only attends to slots up to its own position, so that whatever is in
     those beyond, of padding say, is never seen, and is overwritten in its turn.
 
     Attributes:
-      keys: already turned, ``[layers, B, slots, key_value_heads, head_width]``.
+      keys: already turned, ``[B, key_value_heads, slots, head_width]``.
       values: equal in shape.
     """
 
@@ -93,20 +94,26 @@ class Cache(NamedTuple):
     values: Array
 
     @classmethod
-    def empty(cls, config: DecoderConfig, batch: int, slots: int) -> Cache:
-        """Room for ``slots`` tokens of each of ``batch`` texts."""
-        heads = config.key_value_heads, config.head_width
-        zeros = jnp.zeros((config.layers, batch, slots, *heads), config.dtype)
-        return cls(zeros, zeros)
+    def empty(cls, config: DecoderConfig, batch: int, slots: int) -> tuple[Cache, ...]:
+        """Room for ``slots`` tokens of each of ``batch`` texts, in every layer."""
+        shape = batch, config.key_value_heads, slots, config.head_width
+        zeros = jnp.zeros(shape, config.dtype)
+        return (cls(zeros, zeros),) * config.layers
 
-    def extended(self, keys: Array, values: Array, start: Array) -> Cache:
-        """One layer with ``T`` more tokens of each text, from slot ``start [B]``."""
+    def extended(self, keys: Array, values: Array, first: Array) -> Cache:
+        """With those ``[B, T, heads, D]`` of more tokens, from slot ``first [B]``."""
 
-        def write(slots: Array, new: Array, start: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(slots, new, start, axis=0)
+        def write(slots: Array, new: Array, first: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(slots, new, first, axis=1)
 
         pairs = zip(self, (keys, values), strict=True)
-        return Cache(*(jax.vmap(write)(slots, new, start) for slots, new in pairs))
+        return Cache(
+            *(jax.vmap(write)(slots, new.swapaxes(1, 2), first) for slots, new in pairs)
+        )
+
+
+Kept = TypeVar("Kept", Cache, None)
+"""What a layer takes and gives back: its cache, or ``None`` where none is kept."""
 
 
 class Places(NamedTuple):
@@ -153,16 +160,14 @@ class Attention(nnx.Module):
         )
         return jnp.where(mask, products, -jnp.inf)
 
-    def __call__(
-        self, x: Array, places: Places, cache: Cache | None
-    ) -> tuple[Array, Cache | None]:
+    def __call__(self, x: Array, places: Places, cache: Kept) -> tuple[Array, Kept]:
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = places.rotation(query), places.rotation(key)
         if cache is not None:
             cache = cache.extended(key, value, places.first)
-            key, value = cache
+            key, value = (slots.swapaxes(1, 2) for slots in cache)
         # For whom asks for the feature; compiled for nobody else.
         self.scores(query, key, places.mask)
         mixed = jax.nn.dot_product_attention(query, key, value, mask=places.mask)
@@ -197,9 +202,7 @@ class Block(nnx.Module):
         self.mlp_norm = _norm(config.width, config, rngs=rngs)
         self.mlp = SwiGLU(config, rngs=rngs)
 
-    def __call__(
-        self, x: Array, places: Places, cache: Cache | None
-    ) -> tuple[Array, Cache | None]:
+    def __call__(self, x: Array, places: Places, cache: Kept) -> tuple[Array, Kept]:
         mixed, cache = self.attention(self.attention_norm(x), places, cache)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), cache
@@ -264,45 +267,53 @@ class Decoder(nnx.Module):
             mask &= (segments[:, :, None] == segments[:, None, :])[:, None]
         if positions is None:
             positions = index[None] if segments is None else _counted(segments)
-        head, _ = self._run(tokens, positions, mask, None)
-        return head
+        places = Places(self._rotation(positions), mask, positions[:, 0])
+
+        def layer(x: Array, block: Block) -> Array:
+            return block(x, places, None)[0]
+
+        if self.config.remat:
+            layer = nnx.remat(layer)
+        scanned = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return self._head(scanned(self.embedding(tokens), self.blocks))
 
     def decode(
-        self, tokens: Array, start: Array, cache: Cache
-    ) -> tuple[LinearHead, Cache]:
+        self, tokens: Array, first: Array, caches: Sequence[Cache]
+    ) -> tuple[LinearHead, tuple[Cache, ...]]:
         """Goes on with texts whose keys and values were kept.
 
         Args:
           tokens: the next ones of each text, ``[B, T]``.
-          start: position of the first of them, ``[B]``; ``start + T`` is at most the
+          first: position of the first of them, ``[B]``; ``first + T`` is at most the
             number of slots.
-          cache: of all tokens before.
+          caches: of all tokens before, one for each layer.
 
         Returns:
-          The logits' two factors as in a call, and the cache with these tokens.
+          The logits' two factors as in a call, and the caches with these tokens.
         """
         _check_tokens(tokens)
-        positions = start[:, None] + jnp.arange(tokens.shape[1])
-        slots = jnp.arange(cache.keys.shape[2])
+        positions = first[:, None] + jnp.arange(tokens.shape[1])
+        slots = jnp.arange(caches[0].keys.shape[2])
         mask = (positions[..., None] >= slots)[:, None]
-        return self._run(tokens, positions, mask, cache)
+        places = Places(self._rotation(positions), mask, first)
+        # One by one: what a scan over layers carries is copied for every token, and
+        # these caches are written in place (jax 0.10.2).
+        graph, params = nnx.split(self.blocks)
+        x, extended = self.embedding(tokens), list(caches)
+        for index, cache in enumerate(caches):
+            block = nnx.merge(graph, jax.tree.map(operator.itemgetter(index), params))
+            x, extended[index] = block(x, places, cache)
+        return self._head(x), tuple(extended)
 
-    def _run(
-        self, tokens: Array, positions: Array, mask: Array, cache: Cache | None
-    ) -> tuple[LinearHead, Any]:
+    def _rotation(self, positions: Array) -> Rotation:
         config = self.config
         turns = frequencies(config.head_width, config.rope_theta, config.rope_scaling)
-        places = Places(Rotation.of(positions, turns), mask, positions[:, 0])
+        return Rotation.of(positions, turns)
 
-        def layer(x: Array, block: Block, cache: Cache | None) -> Any:
-            return block(x, places, cache)
-
-        if config.remat:
-            layer = nnx.remat(layer)
-        scanned = nnx.scan(layer, in_axes=(nnx.Carry, 0, 0), out_axes=(nnx.Carry, 0))
-        x, cache = scanned(self.embedding(tokens), self.blocks, cache)
-        kernel = self.embedding.embedding[...].T if config.tied else self.head[...]
-        return LinearHead(self.norm(x), kernel.astype(config.dtype)), cache
+    def _head(self, x: Array) -> LinearHead:
+        tied = self.config.tied
+        kernel = self.embedding.embedding[...].T if tied else self.head[...]
+        return LinearHead(self.norm(x), kernel.astype(self.config.dtype))
 
 
 def _check_tokens(tokens: Array, **others: Array | None) -> None:
