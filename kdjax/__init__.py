@@ -16,6 +16,8 @@ from kdjax.types import (
     Model,
     Objective,
     Outputs,
+    SampledTargets,
+    SparseTargets,
     Teacher,
     Term,
 )
@@ -27,6 +29,8 @@ __all__ = [
     "Model",
     "Objective",
     "Outputs",
+    "SampledTargets",
+    "SparseTargets",
     "Teacher",
     "Term",
     "fused",

@@ -88,7 +88,7 @@ class LinearHead(NamedTuple):
     Attributes:
       hidden: last hidden states, ``[*batch, D]``.
       kernel: output projection, ``[D, V]``.
-      bias: ``[V]``, or ``None``.
+      bias: ``[V]``, or ``None``; at -inf the class is out, whatever scale and cap.
       soft_cap: ``c`` in ``c * tanh(logits / c)``, or ``None``.
       scale: factor on the logits before the cap, or ``None``.
     """
@@ -105,14 +105,65 @@ class LinearHead(NamedTuple):
 
     def finished(self, products: Array) -> Array:
         """The logits of ``hidden @ kernel``: with bias, scale and cap."""
-        logits = products
-        if self.bias is not None:
-            logits = logits + self.bias
+        if self.bias is None:
+            return self._scaled(products)
+        logits = products + self.bias
+        # The derivative of a scale or a cap would be 0 * -inf.
+        out = jnp.isneginf(logits)
+        return jnp.where(out, -jnp.inf, self._scaled(jnp.where(out, 0, logits)))
+
+    def _scaled(self, logits: Array) -> Array:
         if self.scale is not None:
             logits = logits * self.scale
         if self.soft_cap is not None:
             logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
         return logits
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SparseTargets:
+    """The teacher's most likely classes, and how likely all others are together.
+
+    :func:`kdjax.losses.top_k_targets` makes them. A slot whose log-probability is -inf
+    is not used, whatever its index; a position without a used slot and with a tail of
+    -inf has no target, and every loss of it is 0.
+
+    Attributes:
+      indices: classes, integers ``[*batch, k]``, no one twice.
+      log_probs: log-probabilities of these at the temperature, ``[*batch, k]``.
+      tail: logarithm of the probability of all other classes together, ``[*batch]``;
+        -inf where there is none.
+      temperature: what the teacher was softened with, and the student will be.
+    """
+
+    indices: Array
+    log_probs: Array
+    tail: Array
+    temperature: float = dataclasses.field(default=1.0, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SampledTargets:
+    """Classes drawn at random, weighted so that sums over them are unbiased.
+
+    :func:`kdjax.losses.sampled_targets` draws them. A slot whose log-probability is
+    -inf is not used.
+
+    Attributes:
+      indices: classes, integers ``[*batch, n]``; one may be there several times.
+      weights: ``[*batch, n]``: the mean over draws of the weights that a class gets is
+        its probability. They need not sum to 1.
+      log_probs: the teacher's log-probabilities of the classes at the temperature,
+        ``[*batch, n]``.
+      temperature: what the teacher was softened with, and the student will be.
+    """
+
+    indices: Array
+    weights: Array
+    log_probs: Array
+    temperature: float = dataclasses.field(default=1.0, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

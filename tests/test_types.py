@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.types import LinearHead, Mean, Outputs
+from kdjax.types import LinearHead, Mean, Outputs, SampledTargets, SparseTargets
 
 
 @pytest.mark.parametrize("sizes", [(7,), (1, 6), (3, 1, 3), (1,) * 7])
@@ -126,6 +126,37 @@ def test_head_caps_after_it_scales():
     # 10 * tanh(0.1 * 100 / 10); the other order gives 0.1 * 10 * tanh(100 / 10) = 1.
     head = LinearHead(jnp.ones((1, 1)), jnp.full((1, 1), 100.0), None, 10.0, 0.1)
     np.testing.assert_allclose(head.logits(), [[10 * np.tanh(1.0)]], rtol=1e-6)
+
+
+def test_head_without_a_class_has_finite_derivatives():
+    # 0 * -inf would make those by the scale and by the cap NaN.
+    bias = jnp.array([0.5, -jnp.inf, 0.0])
+    kernel = jnp.arange(6.0).reshape(2, 3)
+
+    def value(numbers, bias):
+        head = LinearHead(jnp.ones((1, 2)), kernel, bias, *numbers)
+        logits = head.logits()
+        kept = jnp.array([0, 2])
+        return jax.nn.logsumexp(logits) + jnp.sin(logits[:, kept]).sum(), logits
+
+    run = jax.jit(jax.grad(value, (0, 1), has_aux=True))
+    (by_numbers, by_bias), logits = run((2.0, 0.7), bias)
+    # It stays out under the cap, which would have put it at -2.
+    np.testing.assert_array_equal(np.isneginf(logits), [[False, True, False]])
+    assert np.isfinite(by_numbers).all()
+    assert by_bias[1] == 0
+    without = LinearHead(jnp.ones((1, 2)), kernel[:, ::2], bias[::2], 2.0, 0.7).logits()
+    np.testing.assert_array_equal(logits[:, ::2], without)
+
+
+def test_targets_are_trees_whose_temperature_is_part_of_their_type():
+    ones = jnp.ones((2, 3))
+    sparse = SparseTargets(ones, ones, ones[:, 0], 2.0)
+    assert len(jax.tree.leaves(sparse)) == 3
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, sparse)
+    assert (doubled.temperature, float(doubled.tail[0])) == (2.0, 2.0)
+    sampled = jax.jit(lambda tree: tree)(SampledTargets(ones, ones, ones, 3.0))
+    assert sampled.temperature == 3.0
 
 
 def test_outputs_give_dense_logits_of_either_kind():

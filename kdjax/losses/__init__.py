@@ -53,11 +53,17 @@ from kdjax.losses._powers import alpha_beta, renyi, total_variation
 from kdjax.losses._ranking import logistic_ranking, pairwise_hinge
 from kdjax.losses._regression import bounded_regression, logit_mse, standardize_logits
 from kdjax.losses._relations import relational_angle, relational_distance
+from kdjax.losses._sampled import sampled_forward_kl, sampled_targets
 from kdjax.losses._scores import margin_mse, score_kl
 from kdjax.losses._similarities import (
     correlation_congruence,
     probabilistic_transfer,
     similarity_preserving,
+)
+from kdjax.losses._sparse import (
+    sparse_forward_kl,
+    sparse_reverse_kl,
+    top_k_targets,
 )
 from kdjax.losses._spatial import (
     attention_transfer,
@@ -109,6 +115,8 @@ __all__ = [
     "relational_distance",
     "renyi",
     "reverse_kl",
+    "sampled_forward_kl",
+    "sampled_targets",
     "score_kl",
     "self_attention_relation",
     "similarity_preserving",
@@ -116,8 +124,11 @@ __all__ = [
     "skew_reverse_kl",
     "soft_cross_entropy",
     "solution_flow",
+    "sparse_forward_kl",
+    "sparse_reverse_kl",
     "standardize_logits",
     "symmetric_kl",
+    "top_k_targets",
     "total_variation",
     "variational_information",
     "weighted_soft_labels",

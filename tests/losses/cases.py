@@ -1,13 +1,16 @@
 """The table of losses that the battery runs over: one row for each."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kdjax import losses
+from kdjax.types import SampledTargets
 from tests.losses import oracles
 
 LOGITS = ("student_logits", "teacher_logits")
@@ -30,6 +33,8 @@ class Case(NamedTuple):
       frozen: the gradient stops at a weight in it, so that differences of the value
         do not show it.
       sorts: needs all the classes of a row in one place.
+      targets: takes targets for the teacher's logits, which are made of them here and
+        have refusals of their own.
     """
 
     name: str
@@ -44,6 +49,7 @@ class Case(NamedTuple):
     excludes: str = "deleted"
     frozen: bool = False
     sorts: bool = False
+    targets: bool = False
 
     @property
     def labelled(self) -> bool:
@@ -167,7 +173,54 @@ CLASSIFICATION = [
     _classification("logistic_ranking", {}, masks="slots", sorts=True),
 ]
 
-CASES = DIVERGENCES + CLASSIFICATION
+
+def top_three(teacher):
+    k = min(3, teacher.shape[-1])
+    return losses.top_k_targets(teacher, k, temperature=1.7)
+
+
+def every_class_once(teacher):
+    """What is drawn where every class comes up as often as it should."""
+    wide = teacher.astype(jnp.promote_types(teacher.dtype, jnp.float32))
+    log_probs = jax.nn.log_softmax(wide / 1.7)
+    indices = jnp.broadcast_to(jnp.arange(teacher.shape[-1]), teacher.shape)
+    return SampledTargets(indices, jnp.exp(log_probs), log_probs, 1.7)
+
+
+def _over_targets(loss, targets_of, oracle, **facts):
+    """A loss over targets, from both sides' logits."""
+
+    @functools.wraps(loss)
+    def over_logits(student, teacher):
+        return loss(student, targets_of(teacher))
+
+    # A top k needs all classes; so does an index that may be any of them.
+    facts = {"sorts": True, "targets": True, **facts}
+    return Case(loss.__name__, over_logits, oracle, {}, **facts)
+
+
+LANGUAGE = [
+    _over_targets(
+        losses.sparse_forward_kl, top_three, oracles.sparse_forward_kl, zero=True
+    ),
+    _over_targets(
+        losses.sparse_reverse_kl, top_three, oracles.sparse_reverse_kl, zero=True
+    ),
+    _over_targets(
+        losses.sampled_forward_kl,
+        every_class_once,
+        functools.partial(oracles.forward_kl, temperature=1.7),
+        signed=True,
+    ),
+]
+
+CASES = DIVERGENCES + CLASSIFICATION + LANGUAGE
+
+# What is no loss between the logits of two models, and where it is tested.
+APART = {
+    "top_k_targets": "test_sparse.py",
+    "sampled_targets": "test_sampled.py",
+}
 
 
 def select(condition=lambda case: True):

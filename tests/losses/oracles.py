@@ -250,3 +250,25 @@ def pairwise_hinge(student, teacher, *, margin=None):
 
 def logistic_ranking(student, teacher):
     return _over_ordered_pairs(student, teacher, lambda s, t: np.log1p(np.exp(-s)))
+
+
+# Language models
+
+
+def top_k_buckets(student, teacher, *, k, temperature=1.0):
+    """Probabilities of the teacher's k likeliest classes, and of all others as one."""
+    order = np.argsort(-np.asarray(teacher, np.float64), axis=-1, kind="stable")
+    for logits in (teacher, student):
+        ranked = np.take_along_axis(softmax(logits, temperature), order, -1)
+        parts = ranked[..., :k], ranked[..., k:].sum(-1, keepdims=True)
+        yield np.concatenate(parts, -1)[..., : min(k + 1, ranked.shape[-1])]
+
+
+def sparse_forward_kl(student, teacher, *, k=3, temperature=1.7):
+    p, q = top_k_buckets(student, teacher, k=k, temperature=temperature)
+    return np.square(temperature) * _kl(p, q)
+
+
+def sparse_reverse_kl(student, teacher, *, k=3, temperature=1.7):
+    p, q = top_k_buckets(student, teacher, k=k, temperature=temperature)
+    return np.square(temperature) * _kl(q, p)
