@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
-from experiments.jobs.trainings import Trainer
-from kdjax import Adapted
-from kdjax.io.input import HostBatch
 from kdjax.tools.report import write_whole
 
-_ROUNDS, _STEPS = 10, 8
+_ROUNDS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +37,15 @@ class Timing:
         write_whole(folder / "timing.json", json.dumps(dataclasses.asdict(self)))
 
 
-def measured(own: Trainer, alone: Trainer, net: Adapted, examples: HostBatch) -> Timing:
-    """Times a method beside plain training; both may compile first."""
-    sides = [trainer.stopwatch(net, examples, _STEPS) for trainer in (alone, own)]
+def measured(own: Callable[[], float], alone: Callable[[], float]) -> Timing:
+    """Times a method beside plain training.
+
+    Args:
+      own: trains for some steps and returns the seconds of one, from
+        ``Trainer.stopwatch``; it may compile first.
+      alone: the same of plain training.
+    """
+    sides = (alone, own)
     for side in sides:
         side()
     rounds = []

@@ -27,6 +27,8 @@ from experiments.vision.preparation import (
 )
 from kdjax import Adapted, teachers
 
+_STEPS_TIMED = 8
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
@@ -96,7 +98,8 @@ def _train(prepared: Prepared) -> None:
             images = learnt_from(config, prepared.images, seed)
             own.run(_folder(config, name, seed), student, images, seed)
         images = learnt_from(config, prepared.images, seed=0)
-        measured(own, alone, net, images).write(config.out / name)
+        sides = (each.stopwatch(net, images, _STEPS_TIMED) for each in (own, alone))
+        measured(*sides).write(config.out / name)
         job.sigterm.check()
 
 
