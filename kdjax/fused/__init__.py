@@ -5,11 +5,8 @@ are multiplied out for some tokens at a time, and gone before the next: values a
 gradients are those of the loss over all logits.
 """
 
-from kdjax.fused._token_mean import (
-    CHUNK_BYTES,
-    TOKEN_AXES,
-    token_mean,
-    token_means,
-)
+from kdjax.fused._token_map import token_map
+from kdjax.fused._token_mean import token_mean, token_means
+from kdjax.fused._tokens import CHUNK_BYTES, TOKEN_AXES
 
-__all__ = ["CHUNK_BYTES", "TOKEN_AXES", "token_mean", "token_means"]
+__all__ = ["CHUNK_BYTES", "TOKEN_AXES", "token_map", "token_mean", "token_means"]

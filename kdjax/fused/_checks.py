@@ -10,40 +10,47 @@ import jax.numpy as jnp
 from kdjax.types import LinearHead
 
 
-def arguments(
-    heads: tuple[Any, ...], per_token_args: tuple[Any, ...], where: Any, chunk_size: Any
-) -> None:
-    """Everything has the student's tokens, and heads fit their hidden states."""
-    student, *teacher = heads
-    if not isinstance(student, LinearHead):
+def named(per_token_args: tuple[Any, ...]) -> dict[str, Any]:
+    """What messages call them."""
+    return {f"per_token_args[{i}]": each for i, each in enumerate(per_token_args)}
+
+
+def arguments(given: dict[str, Any], chunk_size: int | None) -> tuple[int, ...]:
+    """All have the tokens of the first, a head; these are returned as a shape.
+
+    The others are heads too, or trees of arrays: logits, labels, targets.
+    """
+    (name, first), *others = given.items()
+    if not isinstance(first, LinearHead):
         raise TypeError(
-            f"student: got {type(student).__name__}, expected a kdjax.LinearHead; for "
-            "logits that are multiplied out, average the loss with Mean.of."
+            f"{name}: got {type(first).__name__}, expected a kdjax.LinearHead; logits "
+            "that are multiplied out need no chunks: call the function with them."
         )
-    _head("student", student)
-    batch = student.hidden.shape[:-1]
-    for other in teacher:
+    _head(name, first)
+    batch = first.hidden.shape[:-1]
+    for name, other in others:
         if isinstance(other, LinearHead):
-            _head("teacher", other)
-            _tokens("teacher.hidden", other.hidden, batch)
-        else:
-            _tokens("teacher", other, batch)
-    for index, tree in enumerate(per_token_args):
-        for leaf in jax.tree.leaves(tree):
-            _tokens(f"per_token_args[{index}]", leaf, batch)
-    if where is not None:
-        if jnp.result_type(where) != jnp.bool_:
-            raise TypeError(
-                f"where: got dtype {jnp.result_type(where)}, expected bool (True "
-                "counts)."
-            )
-        if jnp.shape(where) != batch:
-            raise ValueError(
-                f"where: got shape {jnp.shape(where)}, expected {batch}, one entry per "
-                "token."
-            )
+            _head(name, other)
+            _tokens(f"{name}.hidden", other.hidden, batch)
+            continue
+        for path, leaf in jax.tree.leaves_with_path(other):
+            _tokens(name + jax.tree_util.keystr(path), leaf, batch)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: got {chunk_size}, expected 1 or more.")
+    return batch
+
+
+def mask(where: Any, batch: tuple[int, ...]) -> None:
+    """A boolean for each token."""
+    if jnp.result_type(where) != jnp.bool_:
+        raise TypeError(
+            f"where: got dtype {jnp.result_type(where)}, expected bool (True counts)."
+        )
+    if jnp.shape(where) != batch:
+        raise ValueError(
+            f"where: got shape {jnp.shape(where)}, expected {batch}, one entry per "
+            "token."
+        )
 
 
 def _head(name: str, head: LinearHead) -> None:

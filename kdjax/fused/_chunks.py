@@ -1,4 +1,4 @@
-"""Sums over tokens, a chunk of them at a time, with the student's gradient."""
+"""Tokens a chunk at a time: sums with the student's gradient, and plain functions."""
 
 from __future__ import annotations
 
@@ -90,22 +90,86 @@ def _everywhere(plan: Plan, differentiate: bool, *inputs: Any) -> Any:
         sums, head = jax.lax.psum((sums, gradient.head), plan.axes)
         return sums, gradient._replace(head=head)
 
-    split: Any = PartitionSpec(plan.axes)
-    whole: Any = PartitionSpec()
-    given = per_token(lambda _: split, jax.tree.map(lambda _: whole, inputs))
+    split, whole = _specs(plan.axes)
+    gradient = Gradient(split, whole) if differentiate else None
+    return _spread(on_device, plan.axes, (whole, gradient), inputs)
 
-    # A loop over tokens that lie on several devices would gather them all; so each
-    # device has a loop of its own. The check would want the zeros that sums start from
-    # to be marked as different on each device, and nothing is differentiated in here.
+
+def _specs(axes: tuple[str, ...]) -> tuple[Any, Any]:
+    """Split by tokens, and not at all."""
+    return PartitionSpec(axes), PartitionSpec()
+
+
+def _spread(
+    on_device: Callable[..., Any], axes: tuple[str, ...], out_specs: Any, inputs: Any
+) -> Any:
+    """Runs a function on every device, each with its own tokens.
+
+    A loop over tokens that lie on several devices would gather them all.
+    """
+    split, whole = _specs(axes)
+    given = per_token(lambda _: split, jax.tree.map(lambda _: whole, inputs))
+    # The check would want the zeros that sums start from to be marked as different on
+    # each device, and nothing is differentiated in here.
     spread = jax.shard_map(
         on_device,
         in_specs=given,
-        out_specs=(whole, Gradient(split, whole) if differentiate else None),
-        axis_names=set(plan.axes),
+        out_specs=out_specs,
+        axis_names=set(axes),
         check_vma=False,
     )
     # Outside of jit a mesh with further axes would be refused.
     return jax.jit(spread)(*inputs)
+
+
+def mapped(
+    function: Callable[..., PyTree],
+    chunk_size: int,
+    axes: tuple[str, ...],
+    head: LinearHead,
+    others: PyTree,
+) -> PyTree:
+    """What a function gives for logits and more of some tokens, for all tokens."""
+    # A loop that fills arrays has no reverse derivative.
+    inputs = jax.lax.stop_gradient((head, others))
+
+    def on_device(head: LinearHead, others: PyTree) -> PyTree:
+        return _filled(function, chunk_size, head, others)
+
+    if not axes:
+        return on_device(*inputs)
+    return _spread(on_device, axes, _specs(axes)[0], inputs)
+
+
+def _filled(
+    function: Callable[..., PyTree], chunk_size: int, head: LinearHead, others: PyTree
+) -> PyTree:
+    """The same over the tokens of one device."""
+    tokens = head.hidden.shape[0]
+    chunks, size = _split(tokens, chunk_size)
+
+    def of_chunk(index: Array | int) -> tuple[Array, PyTree]:
+        start, taken = _chunk(index, size, tokens)
+        logits, *rest = map(_given, per_token(taken, (head, *others)))
+        return start, function(logits, *rest)
+
+    def empty(part: jax.ShapeDtypeStruct) -> Array:
+        if part.shape[:1] != (size,):
+            raise ValueError(
+                f"function: got an array of shape {part.shape} for {size} tokens; "
+                "expected an entry for each first."
+            )
+        return jnp.zeros((tokens, *part.shape[1:]), part.dtype)
+
+    def fill(index: Array, filled: PyTree) -> PyTree:
+        start, parts = of_chunk(index)
+        put = functools.partial(
+            jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0
+        )
+        return jax.tree.map(put, filled, parts)
+
+    start = jax.tree.map(empty, jax.eval_shape(lambda: of_chunk(0)[1]))
+    return jax.lax.fori_loop(0, chunks, fill, start)
 
 
 def _over_chunks(
@@ -113,16 +177,12 @@ def _over_chunks(
 ) -> tuple[tuple[Array, PyTree], Gradient | None]:
     """The same over the tokens of one device."""
     tokens = counts.shape[0]
-    chunks = max(1, math.ceil(tokens / plan.chunk_size))
-    size = math.ceil(tokens / chunks)
+    chunks, size = _split(tokens, plan.chunk_size)
 
     def add(gradient: Gradient | None, index: Array) -> Any:
         # The last chunk reaches back into the one before, whose tokens do not count
         # again.
-        start = jnp.minimum(index * size, tokens - size)
-        of_chunk = functools.partial(
-            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size
-        )
+        start, of_chunk = _chunk(index, size, tokens)
         here, there, counting = per_token(of_chunk, (student, others, counts))
         counting &= start + jnp.arange(size) >= index * size
         if gradient is None:
@@ -136,6 +196,22 @@ def _over_chunks(
     zeros = _zeros(student) if differentiate else None
     gradient, sums = jax.lax.scan(add, zeros, jnp.arange(chunks))
     return jax.tree.map(lambda each: each.sum(0), sums), gradient
+
+
+def _split(tokens: int, chunk_size: int) -> tuple[int, int]:
+    """How many chunks, and the tokens of each."""
+    chunks = max(1, math.ceil(tokens / chunk_size))
+    return chunks, math.ceil(tokens / chunks)
+
+
+def _chunk(
+    index: Array | int, size: int, tokens: int
+) -> tuple[Array, Callable[[Array], Array]]:
+    """Where a chunk starts, and what takes its tokens out of an array."""
+    start = jnp.minimum(index * size, tokens - size)
+    return start, functools.partial(
+        jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size
+    )
 
 
 def _zeros(student: LinearHead) -> Gradient:
@@ -162,15 +238,17 @@ def _multiplied(student: LinearHead, counts: Array) -> tuple[Array, Array]:
     return hidden, _product("nd,dv->nv", hidden, student.kernel)
 
 
+def _given(other: Any) -> Any:
+    """What a function gets for an argument: logits for a head, else what it is."""
+    if not isinstance(other, LinearHead):
+        return other
+    return other.finished(_product("nd,dv->nv", other.hidden, other.kernel))
+
+
 def _loss_of(
     loss: Callable[..., tuple[Array, PyTree]], others: PyTree, counts: Array
 ) -> Callable[[Array], tuple[Array, tuple[Array, PyTree]]]:
     """Student's logits to the values, and the sums of all that is asked for."""
-
-    def given(other: Any) -> Any:
-        if not isinstance(other, LinearHead):
-            return other
-        return other.finished(_product("nd,dv->nv", other.hidden, other.kernel))
 
     def summed(name: str, values: Array) -> Array:
         values = jnp.asarray(values)
@@ -183,7 +261,7 @@ def _loss_of(
         return jnp.where(counts, values, 0).sum(dtype=wide_dtype(values))
 
     def of(logits: Array) -> tuple[Array, tuple[Array, PyTree]]:
-        values, rest = loss(logits, *map(given, others))
+        values, rest = loss(logits, *map(_given, others))
         sums = (
             summed("values", values),
             jax.tree.map(functools.partial(summed, "others"), rest),

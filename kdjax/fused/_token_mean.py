@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,25 +11,14 @@ from jax import Array
 
 from kdjax.fused import _checks
 from kdjax.fused._chunks import Plan, per_token, total
-from kdjax.losses._rows import wide_dtype
-from kdjax.types import LinearHead, Mean, PyTree
-
-CHUNK_BYTES = 3 * 2**24
-"""Memory for a chunk's logits of student and teacher and their gradient, on each
-device, by default: 48 MiB."""
-
-LEAST_TOKENS = 128
-"""Tokens of a chunk by default at least, whatever their logits take: with fewer, matrix
-products would wait for the kernel to be read."""
-
-TOKEN_AXES = ("data", "fsdp")
-"""Axes of a mesh that tokens are split over, by default."""
+from kdjax.fused._tokens import TOKEN_AXES, Rows, chunk_of
+from kdjax.types import LinearHead, Mean, PyTree, SampledTargets, SparseTargets
 
 
 def token_mean(
     loss: Callable[..., Array],
     student: LinearHead,
-    teacher: LinearHead | Array | None,
+    teacher: LinearHead | Array | SparseTargets | SampledTargets | None,
     *per_token_args: PyTree,
     where: Array | None = None,
     chunk_size: int | None = None,
@@ -56,7 +44,8 @@ def token_mean(
         value per position. Bind its settings with ``functools.partial``; numbers that
         differ by token are ``per_token_args``.
       student: hidden states ``[*batch, D]`` and their head.
-      teacher: a head, of whatever width; logits ``[*batch, V]``; or ``None`` for a
+      teacher: a head, of whatever width; logits ``[*batch, V]``; targets, such as
+        those of :func:`kdjax.losses.top_k_targets`; or ``None`` for a
         ``loss(student_logits, *per_token_args)``.
       *per_token_args: labels, say: arrays ``[*batch, ...]``, or trees of them.
       where: boolean ``[*batch]``, what counts; what else there is may be NaN.
@@ -104,7 +93,7 @@ def token_mean(
 def token_means(
     loss: Callable[..., tuple[Array, PyTree]],
     student: LinearHead,
-    teacher: LinearHead | Array | None,
+    teacher: LinearHead | Array | SparseTargets | SampledTargets | None,
     *per_token_args: PyTree,
     where: Array | None = None,
     chunk_size: int | None = None,
@@ -145,35 +134,16 @@ def token_means(
       >>> float(others["agreement"].value())
       0.75
     """
-    heads = student, *(() if teacher is None else (teacher,))
-    _checks.arguments(heads, per_token_args, where, chunk_size)
-    batch = student.hidden.shape[:-1]
+    others = *(() if teacher is None else (teacher,)), *per_token_args
+    sides = {"student": student, "teacher": teacher}
+    given = {name: side for name, side in sides.items() if side is not None}
+    batch = _checks.arguments(given | _checks.named(per_token_args), chunk_size)
+    if where is not None:
+        _checks.mask(where, batch)
     counts = jnp.ones(batch, bool) if where is None else jnp.asarray(where)
-    axes, shards = _split_over(token_axes)
-    tokens = math.prod(batch)
-    padding = -tokens % shards
-
-    def in_a_row(array: Array) -> Array:
-        array = jnp.asarray(array)
-        array = array.reshape(tokens, *array.shape[len(batch) :])
-        if not padding:
-            return array
-        return jnp.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1))
-
-    others = *heads[1:], *per_token_args
-    inputs = per_token(in_a_row, (student, others, counts))
-    if chunk_size is None:
-        kernel = student.kernel
-        token_bytes = kernel.shape[1] * wide_dtype(student.hidden, kernel).itemsize
-        chunk_size = max(LEAST_TOKENS, CHUNK_BYTES // max(1, 3 * token_bytes))
-    value, rest = total(Plan(loss, chunk_size, axes), *inputs)
+    rows = Rows.of(batch, token_axes)
+    plan = Plan(loss, chunk_size or chunk_of(student), rows.axes)
+    student, others = per_token(rows.joined, (student, others))
+    value, rest = total(plan, student, others, rows.counted(counts))
     count = jnp.sum(counts, dtype=jnp.int32)
     return Mean(value, count), jax.tree.map(lambda each: Mean(each, count), rest)
-
-
-def _split_over(token_axes: Sequence[str]) -> tuple[tuple[str, ...], int]:
-    """The axes of the mesh around this that split tokens, and into how many parts."""
-    mesh = jax.sharding.get_abstract_mesh()
-    free = set(mesh.axis_names) - set(mesh.manual_axes)
-    axes = tuple(name for name in token_axes if name in free and mesh.shape[name] > 1)
-    return axes, math.prod(mesh.shape[name] for name in axes)

@@ -66,6 +66,26 @@ def test_any_mesh_gives_the_same(axes):
         heads.assert_close(run(*given), expected())
 
 
+@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 2, "model": 4}], ids=str)
+def test_any_mesh_gives_the_same_for_targets(axes):
+    targets = losses.top_k_targets(TEACHER.logits(), 3)
+    given = STUDENT, (targets,), heads.mask(BATCH)
+
+    def run(mean, **options):
+        of = heads.with_gradient(mean, losses.sparse_forward_kl, **options)
+        return jitted(of)(*given)
+
+    dense = run(heads.plain)
+    mesh = mesh_of(**axes)
+    classes = "model" if "model" in axes else None
+    placed = STUDENT._replace(
+        kernel=jax.device_put(STUDENT.kernel, NamedSharding(mesh, P(None, classes)))
+    )
+    given = placed, *given[1:]
+    with jax.set_mesh(mesh):
+        heads.assert_close(run(heads.chunked, chunk_size=2), dense)
+
+
 def test_tokens_that_devices_do_not_divide():
     given = heads.head(0), (heads.head(1), heads.labels()), heads.mask()
     dense = jitted(heads.with_gradient(heads.plain, LOSS))(*given)

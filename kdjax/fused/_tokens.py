@@ -1,0 +1,75 @@
+"""Tokens in a row, and split over a mesh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdjax.losses._rows import wide_dtype
+from kdjax.types import LinearHead
+
+CHUNK_BYTES = 3 * 2**24
+"""Memory for a chunk's logits of student and teacher and their gradient, on each
+device, by default: 48 MiB."""
+
+LEAST_TOKENS = 128
+"""Tokens of a chunk by default at least, whatever their logits take: with fewer, matrix
+products would wait for the kernel to be read."""
+
+TOKEN_AXES = ("data", "fsdp")
+"""Axes of a mesh that tokens are split over, by default."""
+
+
+def chunk_of(head: LinearHead) -> int:
+    """How many tokens have logits at a time, by default."""
+    token_bytes = head.kernel.shape[1] * wide_dtype(head.hidden, head.kernel).itemsize
+    return max(LEAST_TOKENS, CHUNK_BYTES // max(1, 3 * token_bytes))
+
+
+class Rows(NamedTuple):
+    """Tokens ``[*batch]`` as one axis that the devices divide.
+
+    Attributes:
+      batch: their shape.
+      axes: of the mesh around this, which they are split over.
+      padding: how many are added, copies of the first.
+    """
+
+    batch: tuple[int, ...]
+    axes: tuple[str, ...]
+    padding: int
+
+    @classmethod
+    def of(cls, batch: tuple[int, ...], token_axes: Sequence[str]) -> Rows:
+        mesh = jax.sharding.get_abstract_mesh()
+        free = set(mesh.axis_names) - set(mesh.manual_axes)
+        axes = tuple(
+            name for name in token_axes if name in free and mesh.shape[name] > 1
+        )
+        shards = math.prod(mesh.shape[name] for name in axes)
+        return cls(batch, axes, -math.prod(batch) % shards)
+
+    def joined(self, array: Array) -> Array:
+        """From ``[*batch, ...]`` to ``[N, ...]``."""
+        array = jnp.asarray(array)
+        rest = array.shape[len(self.batch) :]
+        array = array.reshape(math.prod(self.batch), *rest)
+        if not self.padding:
+            return array
+        # Not zeros, which random keys have none of.
+        copies = jnp.broadcast_to(array[:1], (self.padding, *rest))
+        return jnp.concatenate([array, copies])
+
+    def counted(self, counts: Array) -> Array:
+        """A mask ``[*batch]`` as ``[N]``, false for what was added."""
+        return jnp.pad(counts.ravel(), (0, self.padding))
+
+    def parted(self, array: Array) -> Array:
+        """From ``[N, ...]`` to ``[*batch, ...]``."""
+        tokens = array.shape[0] - self.padding
+        return array[:tokens].reshape(*self.batch, *array.shape[1:])
