@@ -6,7 +6,8 @@ import sys
 import pytest
 
 HEAVY = {
-    "flax", "grain", "matplotlib", "orbax", "rich", "sklearn", "tensorboardX", "tyro",
+    "flax", "grain", "matplotlib", "orbax", "rich", "safetensors", "sklearn",
+    "tensorboardX", "tyro",
 }  # fmt: skip
 
 

@@ -1,0 +1,108 @@
+"""Tensors in folders of safetensors files, as Hugging Face lays them out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from jax.typing import ArrayLike
+from safetensors.numpy import load_file, save_file
+
+_FILE = "model.safetensors"
+_INDEX_FILE = f"{_FILE}.index.json"
+
+
+def load_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Reads all tensors of a folder.
+
+    They are in ``model.safetensors``, or in the shards that
+    ``model.safetensors.index.json`` lists.
+
+    Args:
+      folder: a local one.
+
+    Returns:
+      Arrays by name, on the host, in the dtype of the file (bfloat16 included).
+
+    Raises:
+      FileNotFoundError: there is neither file, or a shard is missing.
+      ValueError: a file is damaged, or a shard lacks a tensor that the index says it
+        has.
+
+    Example:
+      >>> import tempfile
+      >>> folder = Path(tempfile.mkdtemp())
+      >>> save_tensors(folder, {"scale": np.ones(3)})
+      >>> load_tensors(folder)
+      {'scale': array([1., 1., 1.])}
+    """
+    index_file = folder / _INDEX_FILE
+    if not index_file.exists():
+        return _read(folder / _FILE)
+    index = load_json(index_file).get("weight_map")
+    if not isinstance(index, dict):
+        raise ValueError(
+            f"{index_file}: has no 'weight_map'; expected the shard of every tensor."
+        )
+    tensors: dict[str, np.ndarray] = {}
+    for shard in sorted(set(index.values())):
+        read = _read(folder / shard)
+        absent = [name for name in index if index[name] == shard and name not in read]
+        if absent:
+            raise ValueError(
+                f"{folder / shard}: lacks {absent}, which {_INDEX_FILE} says it has."
+            )
+        tensors |= read
+    return tensors
+
+
+def save_tensors(folder: Path, tensors: Mapping[str, ArrayLike]) -> None:
+    """Writes ``model.safetensors``, which :func:`load_tensors` and PyTorch read.
+
+    Args:
+      folder: made if need be.
+      tensors: by name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # The file gets an array's buffer, whatever its strides say (safetensors 0.8).
+    arrays = {name: np.ascontiguousarray(each) for name, each in tensors.items()}
+    save_file(arrays, folder / _FILE, metadata={"format": "pt"})
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that comes with weights.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it holds something else.
+    """
+    _check_exists(path)
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: is no JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a {type(values).__name__}; expected names.")
+    return values
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    _check_exists(path)
+    try:
+        return load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path}: is damaged or was not copied in full ({error})."
+        ) from error
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        found = sorted(each.name for each in path.parent.glob("*"))
+        raise FileNotFoundError(
+            f"{path}: there is no such file; its folder has {found or 'nothing'}."
+        )
