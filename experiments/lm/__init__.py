@@ -1,1 +1,1 @@
-"""Language models: a decoder, its weights, and what it writes."""
+"""Language models: a decoder, and the methods that distil it, in one table."""

@@ -44,8 +44,8 @@ def _rows(count: int, length: int) -> np.ndarray:
     last = count - length
     if last < 0:
         raise ValueError(
-            f"--context: got {length} for a text of {count} tokens; expected at most as "
-            "many, or more text."
+            f"--context: got {length} for a text of {count} tokens; expected at most "
+            "as many, or more text."
         )
     starts = np.append(np.arange(0, last, length - 1), last)
     return starts[:, None] + np.arange(length)

@@ -24,6 +24,7 @@ from kdjax.objectives._logits import (
     soft_labels,
 )
 from kdjax.objectives._memory import contrastive_memory
+from kdjax.objectives._next_token import next_token
 from kdjax.objectives._relations import relations
 from kdjax.objectives._review import review
 
@@ -39,6 +40,7 @@ __all__ = [
     "masked_generation",
     "mixed_labels",
     "monitor",
+    "next_token",
     "projectors",
     "relations",
     "review",

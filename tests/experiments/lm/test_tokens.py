@@ -115,7 +115,7 @@ def test_too_short_a_text_is_refused():
 def test_paired_rows_read_the_same_text(tokenizers, kind):
     own, teacher = tokenizers["bpe"], tokenizers[kind]
     rows = paired([TEXT[:301], TEXT[301:]], own, teacher, 64)
-    assert rows["aligned"].mean() > 0.9
+    assert rows["aligned"].mean() > 0.8
     for i, (tokens, others) in enumerate(
         zip(rows["tokens"], rows["teacher_tokens"], strict=True)
     ):

@@ -1,0 +1,96 @@
+"""Trains a teacher, then students by every method, and reports them."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+
+import tyro
+
+from experiments.jobs import command
+from experiments.jobs.networks import trained
+from experiments.jobs.timing import Timing, measured
+from experiments.jobs.trainings import Result
+from experiments.lm import report, weights
+from experiments.lm.config import Config
+from experiments.lm.methods import ALONE
+from experiments.lm.networks import network
+from experiments.lm.preparation import TOKENIZER, Prepared, prepare
+from experiments.lm.students import Students, trainer_of_teacher
+from kdjax import Adapted
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    started = time.perf_counter()
+    config = tyro.cli(Config, args=arguments, prog="python -m experiments.lm")
+
+    def work(prepared: Prepared) -> None:
+        _train(prepared)
+        _report(prepared, time.perf_counter() - started)
+
+    return command.run(functools.partial(prepare, config), work)
+
+
+def _train(prepared: Prepared) -> None:
+    """Trains and times what is not finished."""
+    config, job = prepared.config, prepared.job
+    pending = {name: _pending(config, name) for name in prepared.methods}
+    unfinished = [
+        name
+        for name, seeds in pending.items()
+        if seeds or Timing.read(config.out / name) is None
+    ]
+    if not unfinished and Result.read(config.out / "teacher") is not None:
+        job.console.print(f"All runs in {config.out} are finished.")
+        return
+    students = Students(prepared, _teacher(prepared))
+    alone = students.of(ALONE)
+    number, total = 0, sum(map(len, pending.values()))
+    for name in unfinished:
+        own = alone if name == ALONE else students.of(name)
+        for seed in pending[name]:
+            number += 1
+            job.console.print(f"student {number} of {total}: {name}, seed {seed}")
+            folder = config.out / name / f"seed-{seed}"
+            own.trainer.run(folder, own.initial(seed), own.rows(seed), seed)
+        if Timing.read(config.out / name) is None:
+            measured(own.stopwatch(), alone.stopwatch()).write(config.out / name)
+        job.sigterm.check()
+
+
+def _teacher(prepared: Prepared) -> Adapted:
+    """The teacher, loaded or trained, with its weights and its result written down."""
+    folder = prepared.config.out / "teacher"
+    trainer = trainer_of_teacher(prepared)
+    teacher = prepared.teacher
+    if teacher is None:
+        prepared.job.console.print("teacher")
+        net = network(prepared.setup.teacher)
+        rows = prepared.rows(prepared.texts.train)
+        teacher = trained(net, trainer.run(folder, net, rows, seed=0))
+    else:
+        trainer.finish(folder, trainer.initial(teacher, seed=0), step_ms=None)
+    prepared.tokens.write(folder / TOKENIZER)
+    weights.save(folder, prepared.setup.teacher, teacher.params)
+    return teacher
+
+
+def _pending(config: Config, name: str) -> list[int]:
+    return [
+        seed
+        for seed in range(config.seeds)
+        if Result.read(config.out / name / f"seed-{seed}") is None
+    ]
+
+
+def _report(prepared: Prepared, seconds: float) -> None:
+    """Prints the table, and writes everything beside the runs."""
+    config, console = prepared.config, prepared.job.console
+    results = report.read(config.out, prepared.methods, config.seeds)
+    console.print(report.table(results).rich())
+    for line in report.findings(results):
+        console.print(line)
+    path = report.write(config, results)
+    console.print(f"Bars and curves after {seconds:.0f} s: {path}")

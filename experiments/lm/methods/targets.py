@@ -1,0 +1,133 @@
+"""Methods that keep a few classes of the teacher's distribution."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax import Array
+
+from experiments.lm.methods.setup import Method, Recipe, Setup, of_data
+from experiments.lm.model import DecoderConfig, with_params
+from experiments.lm.rollouts import in_groups, step_key
+from kdjax import (
+    LinearHead,
+    Objective,
+    Outputs,
+    SampledTargets,
+    SparseTargets,
+    Term,
+    fused,
+    losses,
+    objectives,
+)
+from kdjax.io.input import HostBatch
+from kdjax.train import DistillState
+from kdjax.types import Batch, PyTree
+
+KEPT = 8
+"""Classes of sparse targets."""
+
+DRAWN = 12
+"""Classes that sampled targets draw, as published."""
+
+
+def _from_top(student: Array, teacher: Array, *, temperature: float) -> Array:
+    targets = _top(teacher, temperature=temperature)
+    return losses.sparse_forward_kl(student, targets)
+
+
+def _top(teacher: Array, *, temperature: float) -> SparseTargets:
+    kept = min(KEPT, teacher.shape[-1])
+    return losses.top_k_targets(teacher, kept, temperature=temperature)
+
+
+def _top_k(setup: Setup) -> Recipe:
+    term = objectives.soft_labels(_from_top, temperature=setup.temperature)
+    return Recipe(of_data(term))
+
+
+def _cached(setup: Setup) -> Recipe:
+    """The same targets, made once: the teacher is not in the step."""
+    keep = functools.partial(_top, temperature=setup.temperature)
+
+    @jax.jit
+    def kept(params: PyTree, tokens: Array, segments: Array) -> dict[str, Array]:
+        targets = fused.token_map(keep, _head(setup.teacher, params, tokens, segments))
+        return {name: getattr(targets, name) for name in _SPARSE}
+
+    def rows(params: PyTree, given: HostBatch, seed: int) -> HostBatch:
+        groups = [
+            jax.device_get(kept(params, *texts))
+            for texts in in_groups(given["tokens"], given["segments"])
+        ]
+        joined = {
+            name: np.concatenate([each[name] for each in groups]) for name in _SPARSE
+        }
+        return {**given, **joined}
+
+    def loss(student: Array, indices: Array, log_probs: Array, tail: Array) -> Array:
+        targets = SparseTargets(indices, log_probs, tail, setup.temperature)
+        return losses.sparse_forward_kl(student, targets)
+
+    return Recipe(of_data(_against(loss, _SPARSE), cut=_SPARSE), rows=rows)
+
+
+def _sampled(setup: Setup) -> Recipe:
+    """Anshumann et al., 2025, arXiv:2503.16870: drawn anew in every step."""
+
+    def draw(teacher: Array, key: Array) -> SampledTargets:
+        return losses.sampled_targets(
+            key, teacher, DRAWN, temperature=setup.temperature
+        )
+
+    def rollout(state: DistillState, frozen: PyTree, batch: Batch) -> Batch:
+        texts = batch["tokens"], batch["segments"]
+        head = _head(setup.teacher, frozen["params"], *texts)
+        keys = jax.random.split(step_key(state.rng, state.step), texts[0].shape)
+        targets = fused.token_map(draw, head, keys)
+        return {**batch, **{name: getattr(targets, name) for name in _SAMPLED}}
+
+    def loss(student: Array, indices: Array, scale: Array, log_probs: Array) -> Array:
+        targets = SampledTargets(indices, scale, log_probs, setup.temperature)
+        return losses.sampled_forward_kl(student, targets)
+
+    return Recipe(of_data(_against(loss, _SAMPLED), cut=_SAMPLED), rollout=rollout)
+
+
+# Entries of a batch, and fields of the targets in their order.
+_SPARSE = ("indices", "log_probs", "tail")
+_SAMPLED = ("indices", "weights", "log_probs")
+
+
+def _head(
+    config: DecoderConfig, params: PyTree, tokens: Array, segments: Array
+) -> LinearHead:
+    return with_params(config, params)(tokens, segments)
+
+
+def _against(loss: Callable[..., Array], names: Sequence[str]) -> Objective:
+    """A loss between the student's logits and entries of the batch."""
+
+    def apply(
+        params: PyTree,
+        state: PyTree,
+        student: Outputs,
+        teacher: Outputs,
+        batch: Batch,
+        step: Array,
+    ) -> tuple[dict[str, Term], PyTree]:
+        assert isinstance(student.logits, LinearHead)
+        values = (batch[name] for name in names)
+        mean = fused.token_mean(
+            loss, student.logits, None, *values, where=batch["mask"]
+        )
+        return {"soft": Term(1.0, mean)}, state
+
+    return Objective(lambda rng, student, teacher: {}, dict, apply)
+
+
+TARGETS: dict[str, Method] = {"top_k": _top_k, "cached": _cached, "sampled": _sampled}
+"""By name."""

@@ -1,0 +1,91 @@
+"""Objectives of language models: every position is judged by the token after it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+from jax import Array
+
+from kdjax import losses
+from kdjax.objectives._terms import MASK, entry
+from kdjax.types import Batch, LinearHead, Objective, Outputs, PyTree, Term
+
+
+def next_token(
+    objective: Objective,
+    *,
+    tokens: str = "tokens",
+    where: str | None = None,
+    segments: str | None = None,
+    cut: Sequence[str] = (),
+) -> Objective:
+    """Shifts what an objective sees, so that logits meet the tokens they predict.
+
+    The logits of both models lose their last position, as
+    :func:`kdjax.losses.next_token` says. The batch gets ``"label"``, the token behind
+    each position, negative where none is to be predicted, and ``"mask"``, which says
+    where one is. Features stay as they are: terms over them belong beside this
+    objective, in :func:`~kdjax.objectives.combine`.
+
+    Args:
+      objective: of terms over logits, such as :func:`~kdjax.objectives.hard_labels` or
+        :func:`~kdjax.objectives.soft_labels`.
+      tokens: entry of the batch with the tokens that the student reads, ``[B, T]``.
+      where: entry of the batch that says which tokens are to be predicted, ``[B, T]``;
+        by default all but the first.
+      segments: entry of the batch that says which text of a packed row a token is of,
+        ``[B, T]``; no token is predicted from another text.
+      cut: entries of the batch with a value per position, ``[B, T, ...]``, which lose
+        the last one too: cached targets, say.
+
+    Returns:
+      The same terms, averaged over the tokens that are predicted.
+
+    Raises:
+      ValueError: (when traced) an entry is missing, a model gives no logits, or shapes
+        do not fit.
+
+    Example:
+      >>> from kdjax.objectives import hard_labels
+      >>> objective = next_token(hard_labels())
+      >>> outputs, tokens = Outputs(jnp.zeros((1, 3, 4))), jnp.ones((1, 3), int)
+      >>> terms, _ = objective.apply(
+      ...     {}, {}, outputs, outputs, {"tokens": tokens}, jnp.array(0))
+      >>> terms["hard"].mean.value().item(), terms["hard"].mean.count.item()
+      (1.3862944, 2)
+    """
+
+    def shifted(outputs: Outputs, batch: Batch) -> tuple[Outputs, Array]:
+        options = {
+            name: None if given is None else entry(batch, given, name)
+            for name, given in (("where", where), ("segments", segments))
+        }
+        read, logits = entry(batch, tokens, "tokens"), outputs.logits
+        if isinstance(logits, LinearHead):
+            hidden, labels = losses.next_token(logits.hidden, read, **options)
+            return dataclasses.replace(
+                outputs, logits=logits._replace(hidden=hidden)
+            ), labels
+        short, labels = losses.next_token(outputs.dense_logits(), read, **options)
+        return dataclasses.replace(outputs, logits=short), labels
+
+    def apply(
+        params: PyTree,
+        state: PyTree,
+        student: Outputs,
+        teacher: Outputs,
+        batch: Batch,
+        step: Array,
+    ) -> tuple[dict[str, Term], PyTree]:
+        ours, labels = shifted(student, batch)
+        theirs = teacher if teacher.logits is None else shifted(teacher, batch)[0]
+        short = {
+            name: jax.tree.map(lambda leaf: leaf[:, :-1], entry(batch, name, "cut"))
+            for name in cut
+        }
+        seen = {**batch, **short, "label": labels, MASK: labels >= 0}
+        return objective.apply(params, state, ours, theirs, seen, step)
+
+    return Objective(objective.init, objective.init_state, apply)

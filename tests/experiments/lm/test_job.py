@@ -1,0 +1,174 @@
+"""The job on language models: what it writes, continues and refuses."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from experiments.lm.config import Config
+from experiments.lm.evaluation import distinct
+from experiments.lm.main import main
+from experiments.lm.methods import METHODS, chosen, run_of
+
+
+def write_text(path):
+    """Sentences of few words, of which there is something to learn."""
+    rng = np.random.default_rng(0)
+    words = ["the cat", "a dog", "sees", "eats", "the bird", "and", "runs", "home"]
+    lines = [" ".join(rng.choice(words, 6)) + ".\n" for _ in range(120)]
+    path.write_text("".join(lines))
+
+
+TINY = {
+    "characters": 2000,
+    "seeds": 1,
+    "steps": 2,
+    "teacher-steps": 2,
+    "batch-size": 16,
+    "context": 16,
+    "prompt": 4,
+    "layers": 1,
+    "width": 8,
+    "heads": 2,
+    "teacher-layers": 1,
+    "teacher-width": 8,
+    "evaluations": 2,
+    "checkpoints": 1,
+}
+
+
+def arguments(folder, **changed):
+    options = TINY | {name.replace("_", "-"): value for name, value in changed.items()}
+    given = [f"--{name}={value}" for name, value in options.items()]
+    return [f"--text={folder / 'text.txt'}", f"--out={folder / 'out'}", *given]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lm")
+    write_text(folder / "text.txt")
+    assert main(arguments(folder, methods="forward_kl,gkd")) == 0
+    return folder
+
+
+def test_table_page_and_numbers(finished):
+    out = finished / "out"
+    assert len((out / "results.md").read_text().splitlines()) == 2 + 4
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["methods"]) == {"alone", "forward_kl", "gkd"}
+    for method in results["methods"].values():
+        (run,) = method["runs"]
+        scores = run["scores"]
+        # Nearly untrained, a student is as good as guessing among some 20 characters.
+        assert 3 < scores["bits"] < 6
+        assert run["best"] < 6
+        assert scores["forward_kl"] >= 0
+        assert 0 <= scores["agreement"] <= 1
+        assert 0 < scores["distinct_2"] <= 1
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    samples = json.loads((out / "gkd/seed-0/samples.json").read_text())
+    text = (finished / "text.txt").read_text()
+    assert all(sample["prompt"] in text for sample in samples)
+
+
+def test_perplexity_is_of_the_text_alone(finished):
+    # A character is a token, so that both say the same; gkd's loss is something else.
+    result = json.loads((finished / "out/gkd/seed-0/result.json").read_text())
+    scores = result["scores"]
+    np.testing.assert_allclose(2 ** scores["bits"], scores["perplexity"], rtol=1e-6)
+
+
+def test_partly_finished_it_does_only_what_is_missing(finished, capsys):
+    out = finished / "out"
+    names = ("metrics.jsonl", "samples.json", "result.json")
+    before = {name: (out / "gkd/seed-0" / name).read_bytes() for name in names}
+    (out / "gkd/seed-0/result.json").unlink()
+    (out / "gkd/seed-0/samples.json").unlink()
+    assert main(arguments(finished, methods="forward_kl,gkd")) == 0
+    assert "student 1 of 1: gkd, seed 0" in capsys.readouterr().out
+    for name in names:
+        assert (out / "gkd/seed-0" / name).read_bytes() == before[name], name
+    assert main(arguments(finished, methods="forward_kl,gkd")) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_a_trained_teacher_serves_another_job(finished, capsys):
+    teacher = finished / "out/teacher"
+    given = arguments(finished, methods="alone", teacher=teacher, seeds=1)
+    given = [each for each in given if not each.startswith("--out")]
+    other = finished / "other"
+    assert main([*given, f"--out={other}"]) == 0
+    first, second = (
+        json.loads((out / "teacher/result.json").read_text())["scores"]
+        for out in (finished / "out", other)
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("batch-size", "8", r"multiple of 16, 2 for each of the 8 device"),
+        ("characters", "100", r"which are 7 row\(s\) of 16 tokens"),
+        ("teacher", "nowhere", r"--teacher: .*nowhere.*tokenizer\.json"),
+        ("methods", "from_layers", r"from_layers needs a student like the teacher"),
+        ("text", "nowhere", "--text: found no nowhere"),
+        ("steps", "3", "holds runs with other settings"),
+    ],
+)
+def test_refused_before_anything_is_trained(finished, option, value, told, capsys):
+    changed = {"width": 16} if option == "methods" else {}
+    given = arguments(finished, methods="forward_kl", **changed)
+    given = [each for each in given if not each.startswith(f"--{option}=")]
+    assert main([*given, f"--{option}={value}"]) == 2
+    assert re.search(told, capsys.readouterr().err, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("seeds", "0", "at least 1"),
+        ("top-p", "1.5", "at most 1"),
+        ("prompt", "128", "below --context"),
+        ("width", "30", "multiple of 2 * heads"),
+        ("vocabulary", "100", "at least 300"),
+        ("methods", "distill", "forward_kl"),
+        ("tokenizer", "words", "bpe"),
+    ],
+)
+def test_refused_options_are_named(option, value, told, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main([f"--{option}", value])
+    assert exited.value.code == 2
+    # A box may be drawn around it, and lines broken.
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+    assert option in shown
+    assert told in shown
+    assert "Traceback" not in shown
+
+
+def test_every_option_has_a_help_line(capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(["--help"])
+    assert exited.value.code == 0
+    shown = capsys.readouterr().out
+    for name in vars(Config()):
+        assert "--" + name.replace("_", "-") in shown
+
+
+def test_names_of_methods():
+    assert chosen(["gkd,alone:4", "gkd"]) == ["alone", "gkd", "alone:4"]
+    assert set(chosen(["all"])) == {*METHODS, "alone:2", "alone:4"}
+    assert run_of("alone:4") == ("alone", 4)
+    assert run_of("gkd") == ("gkd", 1)
+    for name in ("gkd:", "gkd:0", "gkd:x", "nothing"):
+        with pytest.raises(ValueError, match=r"--methods: .*alone:4"):
+            chosen([name])
+
+
+def test_distinct_pairs_of_words():
+    assert distinct(["a b a b", "a b"], 2) == 2 / 4
+    assert distinct(["a"], 2) == 0

@@ -1,0 +1,202 @@
+"""A step by every method of the job on language models."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.lm.config import Config
+from experiments.lm.methods import ALONE, METHODS, Setup, Unfit
+from experiments.lm.model import from_layers
+from experiments.lm.networks import network
+from experiments.lm.rollouts import SCORED, Continuation, as_data
+from experiments.lm.tokens import make
+from experiments.lm.windows import packed, paired
+from kdjax import make_train_step, teachers
+from kdjax.train import init_state
+
+TEXT = "".join("abcdefg"[i % 7] + " " * (i % 3 == 0) for i in range(900))
+TOKENS = make("characters", [TEXT], TEXT, 0)
+PAIRS = make("bpe", [TEXT], "", 280)
+CONFIG = Config(
+    layers=1,
+    width=16,
+    teacher_layers=2,
+    teacher_width=16,
+    heads=2,
+    context=16,
+    prompt=4,
+)
+CONTINUATION = Continuation(CONFIG.prompt, TOKENS.start)
+
+
+def setup_of(**changed):
+    options = {
+        "student": CONFIG.student_decoder(TOKENS.size),
+        "teacher": CONFIG.teacher_decoder(TOKENS.size),
+        "temperature": 1.0,
+        "own_share": 1.0,
+        "go_on": CONTINUATION,
+        "byte_pairs": 280,
+    }
+    return Setup(**options | changed)
+
+
+@functools.cache
+def teacher_network():
+    return network(setup_of().teacher, seed=1)
+
+
+def prepared(recipe):
+    """The student, the teacher with its arrays, and a batch of 8 rows."""
+    setup, teacher = setup_of(), teacher_network()
+    decoder = CONFIG.student_decoder(PAIRS.size) if recipe.byte_pairs else setup.student
+    student = network(decoder, features=recipe.student_features)
+    if recipe.layers:
+        _, params = from_layers(setup.teacher, teacher.params, recipe.layers)
+        student = student._replace(params=params)
+    rows = packed([TOKENS.encode(TEXT)], TOKENS.start, CONFIG.context)
+    if recipe.byte_pairs:
+        rows = paired([TEXT], PAIRS, TOKENS, CONFIG.context)
+    if recipe.rows is not None:
+        rows = recipe.rows(teacher.params, rows, 0)
+    shown = network(
+        setup.teacher, features=recipe.teacher_features, inputs=recipe.teacher_inputs
+    )
+    batch = {name: values[:8] for name, values in rows.items()}
+    return student, teachers.frozen(shown._replace(params=teacher.params)), batch
+
+
+def one_step(recipe):
+    """Metrics of a step, and how far the student's parameters moved."""
+    student, (teacher, frozen), batch = prepared(recipe)
+    parts = teacher, recipe.objective, optax.sgd(0.1)
+    state = init_state(
+        student, *parts, frozen=frozen, batch=batch, rng=jax.random.key(0)
+    )
+    step = make_train_step(student.model, *parts)
+
+    @jax.jit
+    def whole(state, frozen, batch):
+        if recipe.rollout is not None:
+            batch = recipe.rollout(state, frozen, batch)
+        return step(state, frozen, batch)
+
+    state, metrics = whole(state, frozen, batch)
+    moved = jax.tree.map(
+        lambda new, old: float(jnp.abs(new - old).max()),
+        state.params["student"],
+        student.params,
+    )
+    return {key: float(mean.value()) for key, mean in metrics.items()}, moved
+
+
+# The others run with `pytest -m slow`: each compiles a step of its own.
+FAST = {"forward_kl"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+        for name in METHODS
+    ],
+)
+def test_a_step_by_every_method(name):
+    metrics, moved = one_step(METHODS[name](setup_of()))
+    assert np.isfinite(list(metrics.values())).all()
+    assert metrics["skipped"] == 0
+    assert metrics["grad_norm"] > 0
+    assert len(set(metrics) - {"loss", "grad_norm", "skipped"}) >= 1
+    assert min(jax.tree.leaves(moved)) > 0
+
+
+@pytest.mark.slow
+def test_all_classes_kept_are_the_whole_distribution():
+    # 8 classes of 9 that there are, and a tail of one.
+    whole, _ = one_step(METHODS["forward_kl"](setup_of()))
+    for name in ("top_k", "cached"):
+        kept, _ = one_step(METHODS[name](setup_of()))
+        np.testing.assert_allclose(kept["soft"], whole["soft"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_student_with_the_teachers_layers_starts_closer():
+    setup = setup_of()
+    random, _ = one_step(METHODS["forward_kl"](setup))
+    started, _ = one_step(METHODS["from_layers"](setup))
+    assert started["soft"] < 0.9 * random["soft"]
+
+
+def test_methods_that_do_not_fit_are_refused():
+    student = CONFIG.student_decoder(TOKENS.size)
+    with pytest.raises(Unfit, match="--width 32"):
+        METHODS["from_layers"](
+            setup_of(teacher=student.__class__(**vars(student) | {"width": 32}))
+        )
+    deeper = Config(layers=3, width=16, heads=2).student_decoder(TOKENS.size)
+    with pytest.raises(Unfit, match="hidden needs a teacher with as many layers"):
+        METHODS["hidden"](setup_of(student=deeper))
+    with pytest.raises(Unfit, match="as many heads"):
+        more = Config(width=16, heads=4).student_decoder(TOKENS.size)
+        METHODS["attention"](setup_of(student=more))
+
+
+def test_texts_go_on_from_the_data_and_end_in_padding():
+    setup = setup_of()
+    tokens = packed([TOKENS.encode(TEXT)], TOKENS.start, CONFIG.context)["tokens"]
+    params, key = teacher_network().params, jax.random.key(0)
+    made = jax.jit(CONTINUATION, static_argnums=0)(setup.teacher, params, tokens, key)
+    prompt = CONFIG.prompt
+    np.testing.assert_array_equal(made["tokens"][:, :prompt], tokens[:, :prompt])
+    assert not made[SCORED][:, :prompt].any()
+    ended = (made["tokens"][:, prompt:] == TOKENS.start) & made[SCORED][:, prompt:]
+    assert ended.any()  # nearly untrained, it stops as often as it writes a letter
+    assert (ended.sum(1) <= 1).all()
+    inside = np.asarray(made["segments"]) == 1
+    np.testing.assert_array_equal(inside[:, prompt:], made[SCORED][:, prompt:])
+    assert (np.diff(inside.astype(int), axis=1) <= 0).all()
+
+
+def test_data_has_the_same_entries_as_texts():
+    batch = {"tokens": jnp.ones((2, 5), int), "segments": jnp.ones((2, 5), int)}
+    own = jax.eval_shape(
+        functools.partial(CONTINUATION, setup_of().teacher),
+        teacher_network().params,
+        batch["tokens"],
+        jax.random.key(0),
+    )
+    data = jax.eval_shape(as_data, batch)
+    assert {name: each.shape for name, each in own.items()} == {
+        name: each.shape for name, each in data.items()
+    }
+
+
+@pytest.mark.slow
+def test_own_texts_come_with_their_share():
+    counts = []
+    for share in (0.5, 1.0):
+        setup = setup_of(own_share=share)
+        recipe = METHODS["gkd"](setup)
+        student, (teacher, frozen), batch = prepared(recipe)
+        parts = teacher, recipe.objective, optax.sgd(0.1)
+        state = init_state(
+            student, *parts, frozen=frozen, batch=batch, rng=jax.random.key(0)
+        )
+        rollout = jax.jit(recipe.rollout)
+        own = 0
+        for step in range(40):
+            at = state.__class__(**{**vars(state), "step": jnp.array(step)})
+            own += not rollout(at, frozen, batch)[SCORED].all()
+        counts.append(own)
+    assert 10 <= counts[0] <= 30  # 20 are expected, with a deviation of 3.2
+    assert counts[1] == 40
+
+
+def test_the_baseline_reads_labels_alone():
+    recipe = METHODS[ALONE](setup_of())
+    assert recipe.rollout is None
+    assert recipe.rows is None
