@@ -166,6 +166,18 @@ class SampledTargets:
     temperature: float = dataclasses.field(default=1.0, metadata={"static": True})
 
 
+class AlignedLogits(NamedTuple):
+    """Logits over another vocabulary; see :func:`kdjax.losses.align_vocabulary`.
+
+    Attributes:
+      logits: ``[*batch, size]``, -inf for classes that the model does not have.
+      lost_mass: probability of the classes that have no place in it, ``[*batch]``.
+    """
+
+    logits: Array
+    lost_mass: Array
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outputs:

@@ -46,6 +46,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, batch: tuple[int, ...], token_axes: Sequence[str]) -> Rows:
+        """As the mesh around this wants them."""
         mesh = jax.sharding.get_abstract_mesh()
         free = set(mesh.axis_names) - set(mesh.manual_axes)
         axes = tuple(

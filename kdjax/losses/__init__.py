@@ -53,6 +53,13 @@ from kdjax.losses._powers import alpha_beta, renyi, total_variation
 from kdjax.losses._ranking import logistic_ranking, pairwise_hinge
 from kdjax.losses._regression import bounded_regression, logit_mse, standardize_logits
 from kdjax.losses._relations import relational_angle, relational_distance
+from kdjax.losses._rollouts import (
+    k1,
+    k2,
+    k3,
+    policy_distillation,
+    sampled_reverse_kl,
+)
 from kdjax.losses._sampled import sampled_forward_kl, sampled_targets
 from kdjax.losses._scores import margin_mse, score_kl
 from kdjax.losses._similarities import (
@@ -71,10 +78,13 @@ from kdjax.losses._spatial import (
     factor_transfer,
     neuron_selectivity,
 )
+from kdjax.losses._tokens import chunk_likelihood, next_token
+from kdjax.losses._vocabularies import align_vocabulary, universal_logit
 
 __all__ = [
     "activation_boundary",
     "adaptive_kl",
+    "align_vocabulary",
     "alpha_beta",
     "attention_kl",
     "attention_mse",
@@ -83,6 +93,7 @@ __all__ = [
     "bounded_regression",
     "channel_distribution",
     "channel_similarity",
+    "chunk_likelihood",
     "contrastive",
     "contrastive_representation",
     "correlation_congruence",
@@ -99,6 +110,9 @@ __all__ = [
     "interpolated_teacher_kl",
     "intra_class_relation",
     "jensen_shannon",
+    "k1",
+    "k2",
+    "k3",
     "knowledge_distillation",
     "linear_cka",
     "logistic_ranking",
@@ -108,14 +122,17 @@ __all__ = [
     "masked_generation",
     "multi_level_relation",
     "neuron_selectivity",
+    "next_token",
     "normalized_kd",
     "pairwise_hinge",
+    "policy_distillation",
     "probabilistic_transfer",
     "relational_angle",
     "relational_distance",
     "renyi",
     "reverse_kl",
     "sampled_forward_kl",
+    "sampled_reverse_kl",
     "sampled_targets",
     "score_kl",
     "self_attention_relation",
@@ -130,6 +147,7 @@ __all__ = [
     "symmetric_kl",
     "top_k_targets",
     "total_variation",
+    "universal_logit",
     "variational_information",
     "weighted_soft_labels",
 ]

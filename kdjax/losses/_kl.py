@@ -229,8 +229,8 @@ def adaptive_kl(
 def _adaptive_core(
     student: Array, teacher: Array, inverse: Array, head_mass: Array
 ) -> Array:
-    p = _probabilities(jax.lax.stop_gradient(teacher), inverse)
-    q = _probabilities(jax.lax.stop_gradient(student), inverse)
+    p = probabilities(jax.lax.stop_gradient(teacher), inverse)
+    q = probabilities(jax.lax.stop_gradient(student), inverse)
     p, difference = jax.lax.sort((p, jnp.abs(p - q)), num_keys=1)
     tail = jnp.cumsum(p, axis=-1) < 1 - head_mass
     head_gap = jnp.where(tail, 0, difference).sum(-1)
@@ -245,7 +245,8 @@ def _weighted(weight: Array, value: Array) -> Array:
     return jnp.where(weight == 0, 0, weight * jnp.where(weight == 0, 0, value))
 
 
-def _probabilities(logits: Array, inverse: Array) -> Array:
+def probabilities(logits: Array, inverse: Array) -> Array:
+    """The softmax at a temperature, ``[..., V]``; all 0 in a row without a class."""
     logits = logits.astype(inverse.dtype)
     powers = jnp.exp((logits - largest(logits)) * inverse)
     total = powers.sum(-1, keepdims=True)

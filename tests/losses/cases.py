@@ -212,6 +212,14 @@ LANGUAGE = [
         functools.partial(oracles.forward_kl, temperature=1.7),
         signed=True,
     ),
+    Case(
+        "universal_logit",
+        losses.universal_logit,
+        oracles.universal_logit,
+        {"temperature": 1.7},
+        zero=True,
+        sorts=True,
+    ),
 ]
 
 CASES = DIVERGENCES + CLASSIFICATION + LANGUAGE
@@ -220,6 +228,13 @@ CASES = DIVERGENCES + CLASSIFICATION + LANGUAGE
 APART = {
     "top_k_targets": "test_sparse.py",
     "sampled_targets": "test_sampled.py",
+    **dict.fromkeys(
+        ["k1", "k2", "k3", "sampled_reverse_kl", "policy_distillation"],
+        "test_rollouts.py",
+    ),
+    "next_token": "test_tokens.py",
+    "chunk_likelihood": "test_tokens.py",
+    "align_vocabulary": "test_vocabularies.py",
 }
 
 

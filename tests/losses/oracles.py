@@ -272,3 +272,32 @@ def sparse_forward_kl(student, teacher, *, k=3, temperature=1.7):
 def sparse_reverse_kl(student, teacher, *, k=3, temperature=1.7):
     p, q = top_k_buckets(student, teacher, k=k, temperature=temperature)
     return np.square(temperature) * _kl(q, p)
+
+
+def universal_logit(student, teacher, *, temperature=1.0):
+    p, q = (np.sort(softmax(z, temperature))[..., ::-1] for z in (teacher, student))
+    size = max(p.shape[-1], q.shape[-1])
+    gaps = np.zeros((*p.shape[:-1], size))
+    gaps[..., : p.shape[-1]] += p
+    gaps[..., : q.shape[-1]] -= q
+    return np.square(temperature) * np.abs(gaps).sum(-1)
+
+
+def chunk_likelihood(
+    student, teacher, student_ids, teacher_ids, *, chunks, temperature
+):
+    """Of one text, token by token."""
+
+    def likelihood(log_probs, ids, chunk):
+        return np.exp(
+            sum(lp for lp, i in zip(log_probs, ids, strict=True) if i == chunk)
+        )
+
+    def of(chunk):
+        if chunk not in student_ids or chunk not in teacher_ids:
+            return 0.0
+        p = likelihood(teacher, teacher_ids, chunk) ** (1 / temperature)
+        q = likelihood(student, student_ids, chunk) ** (1 / temperature)
+        return temperature * _kl(np.array([p, 1 - p]), np.array([q, 1 - q]))
+
+    return np.array([of(chunk) for chunk in range(chunks)])
