@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from experiments.jobs.data import UNLABELLED as UNSCORED
 from experiments.lm.tokens import Tokens
 from experiments.lm.windows import overlapping
 from kdjax import LinearHead, Mean, Model, Teacher, losses
@@ -160,13 +162,13 @@ def _eval_step(
         shown, _ = model.apply(*arrays, batch, rng=None, train=False)
         assert isinstance(shown.logits, LinearHead)
 
-        def shifted(hidden: Array) -> tuple[Array, Array]:
-            return losses.next_token(hidden, batch["tokens"], batch["scored"])
-
-        hidden, labels = shifted(shown.logits.hidden)
-        student, teacher = shown.logits._replace(hidden=hidden), None
+        read = jnp.where(batch["scored"], batch["tokens"], UNSCORED)
+        student, labels = losses.next_token(shown.logits, read)
+        assert isinstance(student, LinearHead)
+        teacher = None
         if head is not None:
-            teacher = head._replace(hidden=shifted(batch["teacher"])[0])
+            whole = head._replace(hidden=batch["teacher"])
+            teacher, _ = losses.next_token(whole, read)
         surprisal, others = token_means(
             measured, student, teacher, labels, where=labels >= 0
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments.lm.tokens import Tokens
+from kdjax.io.alignment import align_chunks
 from kdjax.io.input import HostBatch
 
 
@@ -102,8 +103,9 @@ def paired(
     Returns:
       What :func:`packed` gives; ``teacher_tokens`` and ``teacher_segments``, filled up
       with segment 0; ``read``, int32 ``[rows, own length]``: the teacher's position
-      where it has read as much as at each token, and no more; and ``aligned``, boolean:
-      whether just as much.
+      where it has read as much as at each token, and no more; ``aligned``, boolean:
+      whether just as much; ``chunks`` and ``teacher_chunks``, int32: the stretch of
+      text that a token is of, whole on both sides, -1 for none.
 
     Raises:
       ValueError: the texts are shorter than a row.
@@ -125,6 +127,10 @@ def paired(
     columns = first[:, None] + np.arange(counts.max())
     inside = np.arange(counts.max()) < counts[:, None]
     columns = np.minimum(columns, len(others) - 1)
+    chunks = _chunks(
+        np.where(tokens[rows] == own.start, -1, read[rows]),
+        np.where(inside & (others[columns] != teacher.start), other_read[columns], -1),
+    )
     return {
         "tokens": tokens[rows],
         "segments": segments[rows],
@@ -132,4 +138,16 @@ def paired(
         "teacher_segments": np.where(inside, other_segments[columns], 0),
         "read": np.maximum(place - first[:, None], 0).astype(np.int32),
         "aligned": (other_read[place] == read[rows]) & (place >= first[:, None]),
+        "chunks": chunks[0],
+        "teacher_chunks": chunks[1],
     }
+
+
+def _chunks(ends: np.ndarray, other_ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The common stretches of each row, without the one that it begins with."""
+    pairs = [align_chunks(*row) for row in zip(ends, other_ends, strict=True)]
+    sides = [np.stack(side) for side in zip(*pairs, strict=True)]
+    # Nothing is before the first token of a row to predict it from.
+    first = np.maximum(sides[0][:, :1], 0)
+    ours, theirs = (np.where(side == first, -1, side) for side in sides)
+    return ours, theirs

@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from kdjax import losses
+from kdjax.losses._tokens import UNSCORED
 from kdjax.objectives._terms import MASK, entry
 from kdjax.types import Batch, LinearHead, Objective, Outputs, PyTree, Term
 
@@ -57,18 +59,24 @@ def next_token(
       (1.3862944, 2)
     """
 
+    def labelled(batch: Batch) -> Array:
+        read = entry(batch, tokens, "tokens")
+        if where is None:
+            return read
+        predicted = entry(batch, where, "where")
+        if predicted.shape != read.shape or predicted.dtype != bool:
+            raise ValueError(
+                f"where: {where!r} of the batch has shape {predicted.shape} and dtype "
+                f"{predicted.dtype}; expected bool {read.shape}, an entry per token."
+            )
+        return jnp.where(predicted, read, UNSCORED)
+
     def shifted(outputs: Outputs, batch: Batch) -> tuple[Outputs, Array]:
-        options = {
-            name: None if given is None else entry(batch, given, name)
-            for name, given in (("where", where), ("segments", segments))
-        }
-        read, logits = entry(batch, tokens, "tokens"), outputs.logits
-        if isinstance(logits, LinearHead):
-            hidden, labels = losses.next_token(logits.hidden, read, **options)
-            return dataclasses.replace(
-                outputs, logits=logits._replace(hidden=hidden)
-            ), labels
-        short, labels = losses.next_token(outputs.dense_logits(), read, **options)
+        texts = None if segments is None else entry(batch, segments, "segments")
+        logits = outputs.logits
+        if not isinstance(logits, LinearHead):
+            logits = outputs.dense_logits()
+        short, labels = losses.next_token(logits, labelled(batch), segments=texts)
         return dataclasses.replace(outputs, logits=short), labels
 
     def apply(

@@ -109,9 +109,31 @@ def _distillm2(setup: Setup) -> Recipe:
 
 _TEACHERS = "teachers_"
 
+
+def _policy(loss: Callable[[Array, Array], Array]) -> Method:
+    """A loss between the log-probabilities of the tokens that the student has drawn."""
+
+    def of_drawn(student: Array, teacher: Array, labels: Array) -> Array:
+        sides = (-losses.cross_entropy(side, labels) for side in (student, teacher))
+        return loss(*sides)
+
+    def method(setup: Setup) -> Recipe:
+        term = soft_labels(of_drawn, labels="label", name="policy")
+        return Recipe(of_made(term), rollout=_own_texts(setup, 1.0))
+
+    return method
+
+
+def _squared(student: Array, teacher: Array) -> Array:
+    return losses.sampled_reverse_kl(student, teacher, estimator=losses.k2)
+
+
 TEXTS: dict[str, Method] = {
     "sequence_level": _sequence_level,
     "gkd": _gkd,
     "distillm2": _distillm2,
+    "policy": _policy(losses.policy_distillation),
+    "policy_k2": _policy(_squared),
+    "policy_k3": _policy(losses.sampled_reverse_kl),
 }
 """By name."""

@@ -1,5 +1,6 @@
 """A step by every method of the job on language models."""
 
+import dataclasses
 import functools
 
 import jax
@@ -133,15 +134,14 @@ def test_a_student_with_the_teachers_layers_starts_closer():
 
 def test_methods_that_do_not_fit_are_refused():
     student = CONFIG.student_decoder(TOKENS.size)
+    wider = dataclasses.replace(student, width=32)
     with pytest.raises(Unfit, match="--width 32"):
-        METHODS["from_layers"](
-            setup_of(teacher=student.__class__(**vars(student) | {"width": 32}))
-        )
+        METHODS["from_layers"](setup_of(teacher=wider))
     deeper = Config(layers=3, width=16, heads=2).student_decoder(TOKENS.size)
     with pytest.raises(Unfit, match="hidden needs a teacher with as many layers"):
         METHODS["hidden"](setup_of(student=deeper))
+    more = Config(width=16, heads=4).student_decoder(TOKENS.size)
     with pytest.raises(Unfit, match="as many heads"):
-        more = Config(width=16, heads=4).student_decoder(TOKENS.size)
         METHODS["attention"](setup_of(student=more))
 
 
@@ -149,7 +149,7 @@ def test_texts_go_on_from_the_data_and_end_in_padding():
     setup = setup_of()
     tokens = packed([TOKENS.encode(TEXT)], TOKENS.start, CONFIG.context)["tokens"]
     params, key = teacher_network().params, jax.random.key(0)
-    made = jax.jit(CONTINUATION, static_argnums=0)(setup.teacher, params, tokens, key)
+    made = jax.jit(functools.partial(CONTINUATION, setup.teacher))(params, tokens, key)
     prompt = CONFIG.prompt
     np.testing.assert_array_equal(made["tokens"][:, :prompt], tokens[:, :prompt])
     assert not made[SCORED][:, :prompt].any()
@@ -189,7 +189,7 @@ def test_own_texts_come_with_their_share():
         rollout = jax.jit(recipe.rollout)
         own = 0
         for step in range(40):
-            at = state.__class__(**{**vars(state), "step": jnp.array(step)})
+            at = dataclasses.replace(state, step=jnp.array(step))
             own += not rollout(at, frozen, batch)[SCORED].all()
         counts.append(own)
     assert 10 <= counts[0] <= 30  # 20 are expected, with a deviation of 3.2
