@@ -47,7 +47,7 @@ def generate(
 
     Keys and values are kept, so that a token costs one pass over those before it. The
     loop ends early when all texts have. It is compiled once for all temperatures,
-    keys and lengths.
+    keys, lengths and stop tokens.
 
     Args:
       config: of the decoder.
@@ -74,9 +74,10 @@ def generate(
       (top-p). arXiv:1904.09751
     """
     _check(config, prompts, lengths, new_tokens, temperature, top_k, top_p, stop_tokens)
+    stops = jnp.asarray(stop_tokens, jnp.int32)
     return _generate(
         config, params, prompts, lengths, rng, new_tokens,
-        temperature, top_k, top_p, stop_tokens,
+        temperature, top_k, top_p, stops,
     )  # fmt: skip
 
 
@@ -89,7 +90,7 @@ class _Loop(NamedTuple):
     caches: tuple[Cache, ...]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 7, 9), inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 5, 7), inline=True)
 def _generate(
     config: DecoderConfig,
     params: PyTree,
@@ -100,11 +101,10 @@ def _generate(
     temperature: Array,
     top_k: int | None,
     top_p: Array | None,
-    stop_tokens: tuple[int, ...],
+    stops: Array,
 ) -> Generated:
     batch, width = prompts.shape
     rows, slots = jnp.arange(batch), width + new_tokens
-    stops = jnp.asarray(stop_tokens, prompts.dtype)
 
     def unfinished(loop: _Loop) -> Array:
         return (loop.step < new_tokens) & ~loop.ended.all()

@@ -8,9 +8,6 @@ Run with PyTorch and Transformers (2.13 and 5.23 wrote what is there):
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
-from transformers import AutoModelForCausalLM
 
 FOLDER = Path(__file__).parent / "reference"
 
@@ -52,12 +49,16 @@ MODELS = {
 
 
 def main():
+    # Here, since pytest imports every file of the tests, and they run without.
+    import torch
+    import transformers
+
     tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, 40))
     for index, (name, (kind, changed)) in enumerate(MODELS.items()):
         settings = SIZES | {"rope_parameters": dict(PLAIN)} | changed
         config = getattr(transformers, kind)(**settings)
         torch.manual_seed(index)
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 # Norms and biases too; wide enough that attention is not uniform.
