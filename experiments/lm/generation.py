@@ -104,7 +104,8 @@ def _generate(
     stops: Array,
 ) -> Generated:
     batch, width = prompts.shape
-    rows, slots = jnp.arange(batch), width + new_tokens
+    slots = width + new_tokens
+    index = jnp.arange(slots)
 
     def unfinished(loop: _Loop) -> Array:
         return (loop.step < new_tokens) & ~loop.ended.all()
@@ -114,22 +115,23 @@ def _generate(
         last = lengths - 1 + loop.step
         # Flax has a module belong to the loop whose body uses it.
         decoder = with_params(config, params)
-        head, caches = decoder.decode(tokens[rows, last][:, None], last, loop.caches)
+        read = jnp.take_along_axis(tokens, last[:, None], 1)
+        head, caches = decoder.decode(read, last, loop.caches)
         logits = _logits(head)[:, 0]
         key = jax.random.fold_in(rng, loop.step)
         chosen = _sample(key, logits, temperature, top_k, top_p).astype(tokens.dtype)
-        log_prob = jax.nn.log_softmax(logits)[rows, chosen]
-        # Nothing is written behind the end of a text.
-        place = rows, jnp.where(loop.ended, slots, last + 1)
+        scores = jax.nn.log_softmax(logits)
+        log_prob = jnp.take_along_axis(scores, chosen[:, None], 1)
+        here = (index == last[:, None] + 1) & ~loop.ended[:, None]
         written = Generated(
-            tokens.at[place].set(chosen, mode="drop"),
-            mask.at[place].set(True, mode="drop"),
-            log_probs.at[place].set(log_prob, mode="drop"),
+            jnp.where(here, chosen[:, None], tokens),
+            mask | here,
+            jnp.where(here, log_prob, log_probs),
         )
         ended = loop.ended | jnp.isin(chosen, stops)
         return _Loop(loop.step + 1, written, ended, caches)
 
-    inside = jnp.arange(width) < lengths[:, None]
+    inside = index[:width] < lengths[:, None]
     tokens = jnp.pad(jnp.where(inside, prompts, 0), ((0, 0), (0, new_tokens)))
     none = Generated(tokens, jnp.zeros(tokens.shape, bool), jnp.zeros(tokens.shape))
     # The first step reads the last token of each prompt again, for its logits.

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.lm.generation import generate, keep_top_k, keep_top_p, padded_behind
 from experiments.lm.model import with_params
 from tests.experiments.lm.test_model import CONFIG, QWEN, params_of, quickly
-from tests.losses.running import COMPILED
+from tests.losses.running import COMPILED, mesh_of
 
 SHALLOW = dataclasses.replace(CONFIG, layers=1)
 LAYERS = [dataclasses.replace(config, layers=2) for config in (CONFIG, QWEN)]
@@ -245,6 +246,30 @@ def test_samples_inside_of_a_compiled_step():
     expected = written(temperature=1.0, seed=5).tokens
     tokens = step(params_of(SHALLOW), jax.random.key(5))
     np.testing.assert_array_equal(tokens, expected)
+
+
+def test_a_mesh_changes_nothing_and_gathers_no_cache():
+    mesh = mesh_of(data=3)
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["data"], []))
+    params, prompts, lengths = params_of(SHALLOW), *map(jnp.asarray, (PROMPTS, LENGTHS))
+
+    @functools.partial(quickly, in_shardings=(whole, rows, rows))
+    def sharded(params, prompts, lengths):
+        key = jax.random.key(0)
+        options = {"rng": key, "new_tokens": NEW, "temperature": 1.0}
+        return generate(SHALLOW, params, prompts, lengths, **options)
+
+    run = sharded.lower(params, prompts, lengths).compile()
+    tokens, mask, log_probs = run(
+        *jax.device_put((params, prompts, lengths), (whole, rows, rows))
+    )
+    expected = written(temperature=1.0)
+    np.testing.assert_array_equal(tokens, expected.tokens)
+    np.testing.assert_array_equal(mask, expected.mask)
+    np.testing.assert_allclose(log_probs, expected.log_probs, rtol=1e-4, atol=1e-5)
+    # Only whether all texts have ended is told to all.
+    assert "all-gather(" not in run.as_text()
+    assert run.as_text().count(" all-reduce(") <= 1
 
 
 @pytest.mark.parametrize(
