@@ -88,10 +88,8 @@ def load(folder: Path) -> tuple[DecoderConfig, PyTree]:
     shapes = _shapes(config)
     names = {path: _names(config, path) for path in shapes}
     expected = {name for each in names.values() for name in each}
-    missing, unexpected = (
-        sorted(expected - set(tensors)),
-        sorted(set(tensors) - expected),
-    )
+    missing = sorted(expected - tensors.keys())
+    unexpected = sorted(tensors.keys() - expected)
     if missing or unexpected:
         raise ValueError(
             f"{folder}: the tensors are not those of a model with its config.json; "
