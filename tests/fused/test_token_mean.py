@@ -90,9 +90,9 @@ def test_every_loss_per_token_equals_itself_over_all_logits(case):
         both = heads.chunked, heads.plain
         return [heads.with_gradient(mean, loss)(*given) for mean in both]
 
-    # The plain gradient of one is off by 2e-6 itself; by the cap, that of the other is
-    # a sum of which little is left.
-    cancelling = {"inter_class_relation", "hard_distillation"}
+    # Little is left of their sums for a gradient, by scale and cap above all: beside
+    # float64, the plain ones are off as much.
+    cancelling = {"inter_class_relation", "hard_distillation", "universal_logit"}
     tolerance = 4e-6 if case.name in cancelling else 1e-6
     for name, given in situations(case):
         got, expected = run(*given)
