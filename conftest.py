@@ -21,6 +21,15 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+# Programs of tests run for milliseconds, and compiling them is most of the time: less
+# optimization halves it. Flags are read when the first program is compiled.
+quick = "--xla_backend_optimization_level=0"
+# Leaves out the newer generator of code, where there is an older one: jaxlib refuses
+# flags that it does not know.
+if jax.__version_info__ < (0, 11):
+    quick += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", quick)
+
 # Annotations are checked against what each call gets and gives. An int is a float
 # here, as it is to every static type checker.
 jaxtyping.install_import_hook(

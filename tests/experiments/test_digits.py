@@ -22,7 +22,6 @@ from experiments.digits.main import main
 from experiments.digits.model import student_net, teacher_net
 from experiments.jobs.data import UNLABELLED, hide_labels, labelled_only
 from experiments.jobs.interruption import Interrupted, Sigterm
-from tests.losses.running import QUICK
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,10 +33,6 @@ TINY = {
     "evaluate-every": 6,
     "checkpoint-every": 4,
 }
-
-# Compiling takes most of the time, and is not what is tested.
-OPTIONS = {**QUICK, "xla_llvm_disable_expensive_passes": True}
-FLAGS = [f"--{option}={int(value)}" for option, value in OPTIONS.items()]
 
 RUNS = ["teacher", *(f"{kind.name}/seed-0" for kind in KINDS)]
 
@@ -51,7 +46,6 @@ def arguments(out, **changed):
 def start(out, cache, **changed):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": " ".join(FLAGS),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),

@@ -17,9 +17,7 @@ from kdjax import fused, losses, make_train_step, models, objectives, teachers
 from kdjax.train import init_state, make_mesh, place, place_step
 from kdjax.types import LinearHead
 from tests.fused import heads
-from tests.losses.running import QUICK, mesh_of
-
-jitted = functools.partial(jax.jit, compiler_options=QUICK)
+from tests.losses.running import mesh_of
 
 LOSS = functools.partial(losses.knowledge_distillation, temperature=2.0, alpha=0.3)
 BATCH = (8, 3)
@@ -30,7 +28,7 @@ LABELS = heads.labels(batch=BATCH)
 
 @functools.cache
 def expected():
-    run = jitted(heads.with_gradient(heads.plain, LOSS))
+    run = jax.jit(heads.with_gradient(heads.plain, LOSS))
     return run(STUDENT, (TEACHER, LABELS), heads.mask(BATCH))
 
 
@@ -61,7 +59,7 @@ def test_any_mesh_gives_the_same(axes):
 
     where = placed(heads.mask(BATCH), tokens)
     given = split(STUDENT), (split(TEACHER), placed(LABELS, tokens)), where
-    run = jitted(heads.with_gradient(heads.chunked, LOSS, chunk_size=2))
+    run = jax.jit(heads.with_gradient(heads.chunked, LOSS, chunk_size=2))
     with jax.set_mesh(mesh):
         heads.assert_close(run(*given), expected())
 
@@ -73,7 +71,7 @@ def test_any_mesh_gives_the_same_for_targets(axes):
 
     def run(mean, **options):
         of = heads.with_gradient(mean, losses.sparse_forward_kl, **options)
-        return jitted(of)(*given)
+        return jax.jit(of)(*given)
 
     dense = run(heads.plain)
     mesh = mesh_of(**axes)
@@ -88,10 +86,10 @@ def test_any_mesh_gives_the_same_for_targets(axes):
 
 def test_tokens_that_devices_do_not_divide():
     given = heads.head(0), (heads.head(1), heads.labels()), heads.mask()
-    dense = jitted(heads.with_gradient(heads.plain, LOSS))(*given)
+    dense = jax.jit(heads.with_gradient(heads.plain, LOSS))(*given)
     run = heads.with_gradient(heads.chunked, LOSS)
     with jax.set_mesh(mesh_of(data=8)):
-        heads.assert_close(jitted(run)(*given), dense)
+        heads.assert_close(jax.jit(run)(*given), dense)
 
 
 def test_outside_of_jit():
@@ -104,7 +102,7 @@ def test_outside_of_jit():
 def test_a_device_that_has_its_own_tokens_already():
     mesh = mesh_of(data=4)
 
-    @jitted
+    @jax.jit
     @functools.partial(
         jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=False
     )
@@ -164,7 +162,7 @@ def trained(multiplied, place_on=None, *, steps=2, **options):
     )
     step = make_train_step(student.model, *parts, **options)
     if place_on is None:
-        run = jitted(step)
+        run = jax.jit(step)
     else:
         rules = [("head", P(None, "model"))]
         placing = {"rules": rules, "teacher_rules": rules}

@@ -12,9 +12,7 @@ from jax.sharding import PartitionSpec as P
 from kdjax import fused, losses
 from kdjax.types import LinearHead, SparseTargets
 from tests.fused import heads
-from tests.losses.running import QUICK, mesh_of
-
-jitted = functools.partial(jax.jit, compiler_options=QUICK)
+from tests.losses.running import mesh_of
 
 HEAD = heads.head(0, scale=0.9, soft_cap=3.0)
 TOP = functools.partial(losses.top_k_targets, k=3, temperature=2.0)
@@ -34,7 +32,7 @@ def assert_same(got, expected):
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 10, None])
 def test_targets_are_those_of_all_logits(chunk_size):
-    @jitted
+    @jax.jit
     def run(head):
         return fused.token_map(TOP, head, chunk_size=chunk_size), TOP(head.logits())
 
@@ -85,7 +83,7 @@ def test_there_is_no_gradient():
     def total(head):
         return fused.token_map(TOP, head, chunk_size=4).log_probs.sum()
 
-    for leaf in jax.tree.leaves(jitted(jax.grad(total))(HEAD)):
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(total))(HEAD)):
         np.testing.assert_array_equal(leaf, 0)
 
 
@@ -102,7 +100,7 @@ def test_any_mesh_gives_the_same(axes):
         specs,
     )
 
-    @jitted
+    @jax.jit
     def run(head, keys):
         top = fused.token_map(TOP, head, chunk_size=1)
         return top, fused.token_map(draw, head, keys, chunk_size=1)

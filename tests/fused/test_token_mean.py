@@ -13,10 +13,7 @@ from kdjax import fused, losses
 from kdjax.types import LinearHead, Mean
 from tests.fused import heads
 from tests.losses import cases
-from tests.losses.running import QUICK
 from tests.losses.test_golden import ARRAYS, CASES
-
-jitted = functools.partial(jax.jit, compiler_options=QUICK)
 
 STUDENT = heads.head(0, scale=0.9, soft_cap=3.0)
 TEACHER = heads.head(1, width=6, bias=False, soft_cap=jnp.float32(4.0))
@@ -85,7 +82,7 @@ def test_every_loss_per_token_equals_itself_over_all_logits(case):
     """
     loss = functools.partial(case.loss, **case.hyper)
 
-    @jitted
+    @jax.jit
     def run(*given):
         both = heads.chunked, heads.plain
         return [heads.with_gradient(mean, loss)(*given) for mean in both]
@@ -103,7 +100,7 @@ def test_every_loss_per_token_equals_itself_over_all_logits(case):
 
 @functools.cache
 def mixed_gradient(mean, **options):
-    return jitted(heads.with_gradient(mean, MIXED, **options))
+    return jax.jit(heads.with_gradient(mean, MIXED, **options))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 9, 10, None])
@@ -138,7 +135,7 @@ def test_targets_in_the_place_of_a_teacher(name):
     targets = TARGETS[name](TEACHER.logits())
     assert targets.temperature == 2.0
 
-    @jitted
+    @jax.jit
     def run(student, targets):
         both = heads.chunked, heads.plain
         return [heads.with_gradient(m, loss)(student, (targets,), where) for m in both]
@@ -198,14 +195,14 @@ def test_numbers_that_differ_by_token_go_along():
     temperature = 1 + jnp.arange(10.0).reshape(heads.BATCH)
     others = TEACHER, {"temperature": temperature}
     given = STUDENT, others, heads.mask()
-    expected = jitted(heads.with_gradient(heads.plain, loss))(*given)
+    expected = jax.jit(heads.with_gradient(heads.plain, loss))(*given)
     heads.assert_close(
-        jitted(heads.with_gradient(heads.chunked, loss))(*given), expected
+        jax.jit(heads.with_gradient(heads.chunked, loss))(*given), expected
     )
 
 
 def test_settings_may_be_traced():
-    @jitted
+    @jax.jit
     def run(step):
         loss = functools.partial(losses.forward_kl, temperature=1.0 + step)
         given = STUDENT, (TEACHER,), None
@@ -224,7 +221,7 @@ def test_tied_embedding_and_numbers_have_their_gradients():
         head = LinearHead(hidden, embedding.T, soft_cap=soft_cap)
         return mean(losses.reverse_kl, head, (TEACHER,)).value()
 
-    gradient = jitted(jax.grad(value, (1, 2)), static_argnums=0)
+    gradient = jax.jit(jax.grad(value, (1, 2)), static_argnums=0)
     expected = gradient(heads.plain, embedding, soft_cap)
     heads.assert_close(gradient(heads.chunked, embedding, soft_cap), expected)
 
@@ -258,7 +255,7 @@ def test_several_means_for_one_pass():
         mean = Mean.of(values, where)
         return mean.value(), (mean, jax.tree.map(lambda x: Mean.of(x, where), others))
 
-    got, expected = jitted(
+    got, expected = jax.jit(
         lambda student: [jax.grad(f, has_aux=True)(student) for f in (chunked, plain)]
     )(STUDENT)
     heads.assert_close(got, expected)
@@ -270,7 +267,7 @@ def test_teacher_has_no_gradient():
         loss = lambda s, t, by: losses.forward_kl(s, t, temperature=by)  # noqa: E731
         return heads.chunked(loss, STUDENT, others).value()
 
-    for leaf in jax.tree.leaves(jitted(jax.grad(value, (0, 1)))(TEACHER, 2.0)):
+    for leaf in jax.tree.leaves(jax.jit(jax.grad(value, (0, 1)))(TEACHER, 2.0)):
         np.testing.assert_array_equal(leaf, 0)
 
 
@@ -279,7 +276,7 @@ def test_second_derivatives():
         first = heads.with_gradient(mean, losses.logit_mse)(student, (TEACHER,), None)
         return sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(first[0]))
 
-    run = jitted(jax.grad(bent, 1), static_argnums=0)
+    run = jax.jit(jax.grad(bent, 1), static_argnums=0)
     heads.assert_close(run(heads.chunked, STUDENT), run(heads.plain, STUDENT), 1e-5)
 
 
@@ -290,7 +287,7 @@ def test_sums_are_wide_for_narrow_inputs():
     hidden = jnp.asarray(1 + 0.1 * rng.normal(size=(*batch, 4)), jnp.bfloat16)
     student = heads.head(0, dtype=jnp.bfloat16)._replace(hidden=hidden)
     teacher = heads.head(1, batch=batch, dtype=jnp.bfloat16)
-    run = jitted(heads.with_gradient(heads.chunked, losses.forward_kl, chunk_size=2))
+    run = jax.jit(heads.with_gradient(heads.chunked, losses.forward_kl, chunk_size=2))
     gradient, mean = run(student, (teacher,), None)
     assert mean.total.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("bfloat16")}
@@ -302,8 +299,8 @@ def test_float64_stays():
     with jax.enable_x64(True):
         widen = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float64))
         given = widen(STUDENT), (widen(TEACHER), heads.labels()), heads.mask()
-        expected = jitted(heads.with_gradient(heads.plain, MIXED))(*given)
-        got = jitted(heads.with_gradient(heads.chunked, MIXED))(*given)
+        expected = jax.jit(heads.with_gradient(heads.plain, MIXED))(*given)
+        got = jax.jit(heads.with_gradient(heads.chunked, MIXED))(*given)
         chex.assert_trees_all_equal_dtypes(got, expected)
         heads.assert_close(got, expected, 1e-13)
 
@@ -333,7 +330,7 @@ def test_published_values(name, dtype):
         where = None if labels is None else jnp.asarray(labels >= 0)
         inputs = {key: jnp.asarray(array, dtype) for key, array in inputs.items()}
 
-        @jitted
+        @jax.jit
         def run(inputs):
             def value(inputs):
                 sides = (

@@ -1,23 +1,14 @@
-"""How the batteries compile: quickly, and for the mesh of a data-parallel run."""
+"""What the batteries count, and the meshes that they run on."""
+
+from typing import Any
 
 import jax
 from jax.sharding import AxisType
 
-
-def _known(option):
-    """Whether the compiler of this version of JAX has an option."""
-    try:
-        jax.jit(lambda: 0.0, compiler_options={option: False})()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
-
-
-# Leaves about half of the time to compile, and a quarter where the newer generator of
-# code for fusions can be left out; eager calls use the defaults.
-QUICK: dict[str, int] = {"xla_backend_optimization_level": 0}
-if _known("xla_cpu_use_fusion_emitters"):
-    QUICK["xla_cpu_use_fusion_emitters"] = False
+# What programs are compiled with outside of the tests; see conftest.py.
+AS_FOR_USERS: dict[str, Any] = {"xla_backend_optimization_level": 3}
+if jax.__version_info__ < (0, 11):
+    AS_FOR_USERS["xla_cpu_use_fusion_emitters"] = True
 
 # Compilations since the tests began. JAX reports each one, whatever caused it.
 COMPILED = []

@@ -14,7 +14,7 @@ from kdjax import losses
 from tests.losses import relation_cases
 from tests.losses.cases import APART, CASES, LOGITS, sample, select
 from tests.losses.feature_cases import NAMES as FEATURES
-from tests.losses.running import COMPILED, QUICK, mesh_of
+from tests.losses.running import COMPILED, mesh_of
 
 SHAPES = {"position": (4,), "slot": (4, 8), "class": (8,), "scalar": ()}
 # Slots that exist in tests of masks, and labels among them.
@@ -31,7 +31,7 @@ def logits_of(case):
 def _compiled(name):
     case = next(case for case in CASES if case.name == name)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(inputs, extra):
         def total(logits):
             values = case({**inputs, **logits}, **extra)
@@ -153,7 +153,7 @@ def test_derivatives_are_those_of_the_value(case):
         along = sample((2, 5), seed=1, dtype=jnp.float64)
         along = {name: along[name] for name in names}
 
-        @functools.partial(jax.jit, compiler_options=QUICK)
+        @jax.jit
         def derive(logits, along):
             def total(logits):
                 # Other weights than ones: a sum of divergences may hide a row.

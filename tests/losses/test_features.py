@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from kdjax import losses
 from tests.losses.feature_cases import CASES, KEEP, mask_of, sample, select
-from tests.losses.running import COMPILED, QUICK, mesh_of
+from tests.losses.running import COMPILED, mesh_of
 
 # One row per loss; the others differ from it in shapes or numbers alone.
 MAIN = select(lambda case: " " not in case.name)
@@ -21,7 +21,7 @@ MAIN = select(lambda case: " " not in case.name)
 def _compiled(name):
     case = next(case for case in CASES if case.name == name)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(features, extra):
         def total(features):
             values = case(*features, **extra)
@@ -105,7 +105,7 @@ def test_float64_equals_the_formula_and_its_derivatives(case):
             # The loss jumps in the teacher's features, or has a bend there.
             along = (along[0], jax.tree.map(jnp.zeros_like, along[1]))
 
-        @functools.partial(jax.jit, compiler_options=QUICK)
+        @jax.jit
         def derive(features, along):
             def total(features):
                 # Other weights than ones: a sum may hide an example.
@@ -136,7 +136,7 @@ def test_float64_equals_the_formula_and_its_derivatives(case):
 def test_vmap_is_each_alone(case):
     first, second = sample(case), sample(case, seed=1)
     both = jax.tree.map(lambda *each: jnp.stack(each), first, second)
-    values = jax.jit(jax.vmap(case), compiler_options=QUICK)(*both)
+    values = jax.jit(jax.vmap(case))(*both)
     assert_close(values[0], run(case, *first)[0])
     assert_close(values[1], run(case, *second)[0])
 

@@ -13,14 +13,14 @@ from jax.sharding import PartitionSpec as P
 from kdjax import losses
 from tests.losses import relation_oracles
 from tests.losses.relation_cases import CASES, sample, select
-from tests.losses.running import QUICK, mesh_of
+from tests.losses.running import mesh_of
 
 
 @functools.cache
 def _compiled(name):
     case = next(case for case in CASES if case.name == name)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(inputs, extra):
         def total(inputs):
             values = case(inputs, **extra)
@@ -90,7 +90,7 @@ def test_value_and_derivatives_in_float64(case):
         student = inputs[case.student]
         along = sample(case, seed=1, dtype=jnp.float64)[case.student]
 
-        @functools.partial(jax.jit, compiler_options=QUICK)
+        @jax.jit
         def derive(student):
             def total(student):
                 values = case({**inputs, case.student: student})
@@ -216,7 +216,7 @@ def test_vmap(case):
     first, second = sample(case), sample(case, seed=1)
     both = jax.tree.map(lambda a, b: jnp.stack([a, b]), first, second)
     expected = [value_and_gradients(case, each)[0] for each in (first, second)]
-    run = jax.jit(jax.vmap(case), compiler_options=QUICK)
+    run = jax.jit(jax.vmap(case))
     assert_close(np.array(run(both)), np.stack(expected))
 
 
@@ -258,7 +258,7 @@ def test_same_on_a_mesh(case):
 def test_angles_are_never_held_all_at_once():
     rows = jax.ShapeDtypeStruct((512, 64), jnp.float32)
     loss = jax.value_and_grad(losses.relational_angle)
-    derive = jax.jit(loss, compiler_options=QUICK)
+    derive = jax.jit(loss)
     memory = derive.lower(rows, rows).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 512**3 / 4
 
@@ -268,7 +268,7 @@ def test_angles_in_chunks(monkeypatch):
     inputs = sample(case)
     monkeypatch.setattr(losses._relations, "_CHUNK", 3 * 8 * 8)
     loss = losses._relations._relational_angle.__wrapped__
-    derive = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
+    derive = jax.jit(jax.value_and_grad(loss))
     value, slope = derive(inputs["student"], inputs["teacher"], None)
     expected, slopes = value_and_gradients(case, inputs)
     assert_close(value, expected)

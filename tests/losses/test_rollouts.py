@@ -9,7 +9,6 @@ import pytest
 
 from kdjax import losses
 from tests.losses.cases import sample
-from tests.losses.running import QUICK
 
 INPUTS = sample((4, 8))
 STUDENT, TEACHER = INPUTS["student_logits"], INPUTS["teacher_logits"]
@@ -18,7 +17,6 @@ ESTIMATORS = [losses.k1, losses.k2, losses.k3]
 every_estimator = pytest.mark.parametrize(
     "estimator", ESTIMATORS, ids=lambda estimator: estimator.__name__
 )
-jitted = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def close(got, expected, tolerance=2e-6):
@@ -36,13 +34,13 @@ def mean_over_draws(loss, policy):
         values = often * loss(jax.nn.log_softmax(student), log_p)
         return values.sum(), values.sum(-1)
 
-    gradient, values = jitted(jax.grad(total, has_aux=True))(STUDENT)
+    gradient, values = jax.jit(jax.grad(total, has_aux=True))(STUDENT)
     return values, gradient
 
 
 def dense(loss):
     run = jax.grad(lambda s: (loss(s, TEACHER).sum(), loss(s, TEACHER)), has_aux=True)
-    gradient, values = jitted(run)(STUDENT)
+    gradient, values = jax.jit(run)(STUDENT)
     return values, gradient
 
 

@@ -4,7 +4,6 @@ The other tests run on eight devices, hence on all rows at once; here are the bl
 a lone CPU, and the fewer passes of a TPU.
 """
 
-import functools
 import subprocess
 import sys
 
@@ -15,7 +14,6 @@ import pytest
 
 from kdjax import losses
 from kdjax.losses import _rows
-from tests.losses.running import QUICK
 
 OF_LABELS = {"knowledge_distillation", "cross_entropy"}
 NAMES = [
@@ -43,7 +41,7 @@ def value_and_gradients(name, student, teacher, labels, **options):
         extra = (labels,) if name in OF_LABELS else ()
         return getattr(losses, name)(*sides, *extra, **options)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def program(student, teacher):
         rows, pull = jax.vjp(loss, student, teacher)
         return rows, *pull(jnp.ones_like(rows))
@@ -127,7 +125,7 @@ def test_vmap_and_second_derivatives_in_blocks(in_blocks, x64):
 
     def run():
         jax.clear_caches()
-        program = jax.jit(jax.vmap(curvature), compiler_options=QUICK)
+        program = jax.jit(jax.vmap(curvature))
         return program(student, teacher)
 
     expected = run()

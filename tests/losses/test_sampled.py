@@ -11,14 +11,11 @@ from kdjax import losses
 from kdjax.types import SampledTargets
 from tests.losses import oracles
 from tests.losses.cases import sample
-from tests.losses.running import QUICK
 
 INPUTS = sample((3, 20))
 # No class is so rare that it is never drawn: a standard error of 0 tells nothing.
 STUDENT, TEACHER = INPUTS["student_logits"], INPUTS["teacher_logits"] / 2
 KEY = jax.random.key(0)
-
-jitted = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def close(got, expected, tolerance=2e-6):
@@ -29,7 +26,7 @@ def close(got, expected, tolerance=2e-6):
 def drawn(draws, temperature, proposal_temperature):
     """Values and gradients of many draws of 12 samples."""
 
-    @jitted
+    @jax.jit
     @jax.vmap
     def run(key):
         targets = losses.sampled_targets(

@@ -1,7 +1,5 @@
 """Losses that relate examples to each other: the same however the batch is split."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.losses import cases, feature_cases, relation_cases
-from tests.losses.running import QUICK, mesh_of
+from tests.losses.running import mesh_of
 
 # Unequal numbers of examples count on every device of two and of four, and none does
 # on one of these.
@@ -67,7 +65,7 @@ def test_devices_change_no_value_and_no_gradient(name, dtype, devices, tolerance
         case, arguments = ROWS[name]
         arguments = jax.tree.map(lambda each: jnp.asarray(each, dtype), arguments)
 
-        @functools.partial(jax.jit, compiler_options=QUICK)
+        @jax.jit
         def run(arguments, where):
             def total(arguments):
                 values = case(*arguments, where=where)

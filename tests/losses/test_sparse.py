@@ -14,7 +14,7 @@ from kdjax import losses
 from kdjax.types import SparseTargets
 from tests.losses import oracles
 from tests.losses.cases import sample
-from tests.losses.running import QUICK, mesh_of
+from tests.losses.running import mesh_of
 
 INPUTS = sample((4, 12))
 STUDENT, TEACHER = INPUTS["student_logits"], INPUTS["teacher_logits"]
@@ -32,7 +32,7 @@ def close(got, expected, tolerance=1e-6):
 
 @functools.cache
 def _compiled(name):
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(student, targets):
         def total(student):
             values = getattr(losses, name)(student, targets)
@@ -271,10 +271,7 @@ def test_split_classes_stay_where_they_are(name):
         jax.device_put(STUDENT, NamedSharding(mesh, P("data", "model"))),
         jax.device_put(targets, rows),
     )
-    run = jax.jit(
-        jax.value_and_grad(lambda s, t: getattr(losses, name)(s, t).sum()),
-        compiler_options=QUICK,
-    )
+    run = jax.jit(jax.value_and_grad(lambda s, t: getattr(losses, name)(s, t).sum()))
     compiled = run.lower(*given).compile()
     jax.tree.map(close, compiled(*given), run(STUDENT, targets))
     assert "all-gather" not in compiled.as_text()

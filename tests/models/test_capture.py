@@ -13,7 +13,6 @@ from flax import nnx
 
 from kdjax import objectives, teachers
 from kdjax.train import init_state, make_train_step
-from tests.losses.running import QUICK
 from tests.models.stacks import BATCH, CLASSES, KINDS, LAYERS, WIDTH, by_hand
 
 ONE_EACH = [each for each in KINDS if each.kind in ("scan", "remat")]
@@ -28,7 +27,7 @@ def every(kind):
 def run(net, train):
     """What the network gives in one mode, compiled."""
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def apply(params, state, rng):
         return net.model.apply(
             params, state, BATCH, rng=rng if train else None, train=train
@@ -107,7 +106,7 @@ def test_gradients_are_those_computed_by_hand(kind):
         given, _ = by_hand(kind.layers(params), statistics, BATCH["x"], kept)
         return total(given[1]["square"], given[1][""])
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def gradients(params):
         return jax.grad(through)(params), jax.grad(alone)(params)
 
@@ -140,7 +139,7 @@ def compiled_step(kind, objective, ours, theirs):
     teacher, _ = teachers.frozen(kind.net(theirs))
     student = kind.net(ours, rate=0.0).model
     step = jax.jit(make_train_step(student, teacher, objective, OPTIMIZER))
-    return step.lower(*start(kind)).compile(QUICK)
+    return step.lower(*start(kind)).compile()
 
 
 @pytest.mark.slow
@@ -152,7 +151,7 @@ def test_a_step_towards_the_features_of_a_teacher(kind):
     params, statistics = map(kind.layers, (frozen["params"], frozen["model_state"]))
     target = by_hand(params, statistics, BATCH["x"])[0][0][""]
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     @jax.value_and_grad
     def distance(params):
         statistics = kind.layers(state.model_state)

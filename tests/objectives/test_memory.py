@@ -10,7 +10,6 @@ import pytest
 from kdjax import losses, objectives
 from kdjax.objectives._keys import by_example
 from kdjax.objectives._memory import _others
-from tests.losses.running import QUICK
 from tests.objectives import tiny
 
 DATA, WIDTH, NEGATIVES = 40, 5, 7
@@ -27,7 +26,7 @@ def memory(**options):
     return objectives.contrastive_memory(**(SETTINGS | options))
 
 
-@functools.partial(jax.jit, static_argnums=2, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=2)
 def others(index, step, number, state, seed=0):
     return _others(index, by_example(index, step, seed), number, state)
 
@@ -184,7 +183,7 @@ def test_both_embeddings_learn_and_the_teacher_does_not():
         terms, _ = objective.apply(params, state, shown, target, batch, jnp.array(0))
         return terms["crd"].mean.value()
 
-    run = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=QUICK)
+    run = jax.jit(jax.grad(loss, (0, 1, 2)))
     own, ours, theirs = run(params, tiny.STUDENT.params, tiny.TEACHER.params, batch)
     for side in ("student", "teacher"):
         assert np.abs(own[side]["0"]["kernel"]).max() > 1e-4

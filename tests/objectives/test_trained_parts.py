@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from kdjax import losses, objectives
-from tests.losses.running import QUICK
 from tests.objectives import tiny
 
 BATCH = tiny.batch()
@@ -29,7 +28,7 @@ def gradients(objective, term, step=0):
         terms, _ = objective.apply(own, state, shown, target, batch, jnp.array(step))
         return terms[term].mean.value()
 
-    run = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=QUICK)
+    run = jax.jit(jax.grad(loss, (0, 1, 2)))
     return run(own, tiny.STUDENT.params, tiny.TEACHER.params, BATCH)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 
 from kdjax import models
 from kdjax.types import Outputs
-from tests.losses.running import QUICK
 
 EXAMPLES, CLASSES, SIZE = 8, 3, 4
 
@@ -51,7 +50,7 @@ def outputs(net, batch):
     return _run(net.model, net.params, batch)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def _run(model, params, batch):
     return model.apply(params, {}, batch, rng=None, train=False)[0]
 
@@ -61,7 +60,7 @@ def started(objective, batch, seed=5):
     ours, theirs = outputs(STUDENT, batch), outputs(TEACHER, batch)
     spec = jax.eval_shape(lambda: (ours, theirs))
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def init(key):
         return objective.init(key, *spec), objective.init_state()
 
@@ -75,7 +74,7 @@ def values_of(objective, batch, params=None, state=None, step=0):
     state = objective.init_state() if state is None else state
     ours, theirs = outputs(STUDENT, batch), outputs(TEACHER, batch)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(*arrays):
         terms, changed = objective.apply(*arrays)
         return {name: term.mean for name, term in terms.items()}, changed

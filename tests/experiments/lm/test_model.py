@@ -20,7 +20,6 @@ from experiments.lm.model import (
 from experiments.lm.rotary import RopeScaling, frequencies
 from kdjax import LinearHead, models, objectives
 from kdjax.types import Outputs
-from tests.losses.running import QUICK
 
 CONFIG = DecoderConfig(
     vocabulary=11,
@@ -44,10 +43,7 @@ def params_of(config):
     return jax.tree.map(lambda leaf: jnp.asarray(draw(leaf.shape), leaf.dtype), shapes)
 
 
-quickly = functools.partial(jax.jit, compiler_options=QUICK)
-
-
-@functools.partial(quickly, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def logits_of(config, tokens, segments=None, positions=None):
     decoder = with_params(config, params_of(config))
     return decoder(tokens, segments, positions).logits()
@@ -145,7 +141,7 @@ def test_positions_may_be_given_and_only_their_differences_count():
 
 @pytest.mark.parametrize("config", [CONFIG, QWEN], ids=["llama", "qwen"])
 def test_reading_piece_by_piece_with_caches_is_reading_at_once(config):
-    @quickly
+    @jax.jit
     def decode(tokens, first, caches):
         decoder = with_params(config, params_of(config))
         head, caches = decoder.decode(tokens, first, caches)
@@ -169,7 +165,7 @@ def test_remat_changes_no_gradient():
     def total(params, config):
         return jnp.sum(with_params(config, params)(TOKENS).logits() ** 2)
 
-    @quickly
+    @jax.jit
     def both(params):
         again = dataclasses.replace(CONFIG, remat=True)
         return jax.grad(total)(params, CONFIG), jax.grad(total)(params, again)
@@ -181,7 +177,7 @@ def test_remat_changes_no_gradient():
 def test_bfloat16_is_computed_and_float32_kept():
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
 
-    @quickly
+    @jax.jit
     def heads(params):
         return tuple(with_params(each, params)(TOKENS) for each in (config, CONFIG))
 
@@ -229,7 +225,7 @@ def shown(config, features, params=None):
 @pytest.mark.parametrize("remat", [False, True])
 def test_layers_and_attention_are_features_by_path(remat):
     config = dataclasses.replace(CONFIG, remat=remat)
-    outputs = quickly(lambda: shown(config, FEATURES))()
+    outputs = jax.jit(lambda: shown(config, FEATURES))()
     features = outputs.features
     assert {path: each.shape for path, each in features.items()} == {
         "blocks[0]": (2, 8, 16),
@@ -267,7 +263,7 @@ def test_attention_terms_reach_the_student(objective):
     def paths(layer):
         return tuple(path.replace("1", str(layer)) for path in FEATURES[2:6])
 
-    @quickly
+    @jax.jit
     @jax.grad
     def slope(params):
         student = shown(CONFIG, paths(1), params)
@@ -292,7 +288,7 @@ def test_a_student_starts_from_layers_of_its_teacher():
     chex.assert_trees_all_equal(
         params["blocks"], jax.tree.map(lambda leaf: leaf[::2], teacher["blocks"])
     )
-    got = quickly(lambda: with_params(config, params)(TOKENS[:1]).logits())()
+    got = jax.jit(lambda: with_params(config, params)(TOKENS[:1]).logits())()
     assert_close(got[0], by_hand(config, params, TOKENS[0]))
 
 
