@@ -14,7 +14,17 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from kdjax.types import Adapted, Batch, Model, Outputs, PyTree, Scheduled, Teacher
+from kdjax.types import (
+    Adapted,
+    Batch,
+    Model,
+    Outputs,
+    PyTree,
+    SampledTargets,
+    Scheduled,
+    SparseTargets,
+    Teacher,
+)
 
 
 def _stopped(outputs: Callable[..., Outputs]) -> Callable[..., Outputs]:
@@ -75,13 +85,47 @@ def frozen(
     def outputs(frozen: PyTree, teacher_state: PyTree, batch: Batch) -> Outputs:
         return _evaluated(net.model, frozen, _cast(batch, dtype))
 
-    teacher = Teacher(
+    arrays = {"params": _cast(net.params, dtype), "model_state": net.model_state}
+    return _still(outputs), arrays
+
+
+def cached(
+    targets: Callable[[Batch], SparseTargets | SampledTargets | Array],
+) -> tuple[Teacher, dict[str, PyTree]]:
+    """What a teacher has said before, and the batch brings along.
+
+    The step then runs no teacher at all.
+
+    Args:
+      targets: picks them from the batch: targets for
+        :func:`kdjax.losses.sparse_forward_kl` and its like, or all logits.
+
+    Returns:
+      The teacher, and ``{}`` for the step's ``frozen``.
+
+    Example:
+      >>> teacher, _ = cached(
+      ...     lambda batch: SparseTargets(batch["indices"], batch["log_probs"],
+      ...                                 batch["tail"], temperature=2.0))
+      >>> batch = {"indices": jnp.zeros((4, 2), int), "log_probs": jnp.zeros((4, 2)),
+      ...          "tail": jnp.zeros(4)}
+      >>> teacher.outputs({}, (), batch).logits.temperature
+      2.0
+    """
+
+    def outputs(frozen: PyTree, teacher_state: PyTree, batch: Batch) -> Outputs:
+        return Outputs(targets(batch))
+
+    return _still(outputs), {}
+
+
+def _still(outputs: Callable[..., Outputs]) -> Teacher:
+    """A teacher in which nothing moves."""
+    return Teacher(
         init=lambda params, model_state: (),
         outputs=_stopped(outputs),
         update=lambda teacher_state, params, model_state, step: teacher_state,
     )
-    arrays = {"params": _cast(net.params, dtype), "model_state": net.model_state}
-    return teacher, arrays
 
 
 def ema(net: Adapted, *, decay: Scheduled = 0.999) -> tuple[Teacher, dict[str, PyTree]]:

@@ -184,11 +184,13 @@ class Outputs:
     """What a model shows to an objective.
 
     Attributes:
-      logits: ``[*batch, V]``, a :class:`LinearHead`, or ``None`` for encoders.
+      logits: ``[*batch, V]``, a :class:`LinearHead`, or ``None`` for encoders. Of a
+        teacher also what is kept of them: :class:`SparseTargets` or
+        :class:`SampledTargets`.
       features: intermediate arrays by name; empty when none were asked for.
     """
 
-    logits: Array | LinearHead | None
+    logits: Array | LinearHead | SparseTargets | SampledTargets | None
     features: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
     def dense_logits(self) -> Array:
@@ -197,6 +199,11 @@ class Outputs:
             raise ValueError("logits: this model gives none, only features.")
         if isinstance(self.logits, LinearHead):
             return self.logits.logits()
+        if isinstance(self.logits, (SparseTargets, SampledTargets)):
+            raise ValueError(
+                f"logits: this teacher gives {type(self.logits).__name__}; expected a "
+                "loss of such targets, kdjax.losses.sparse_forward_kl, say."
+            )
         return self.logits
 
 

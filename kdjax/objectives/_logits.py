@@ -30,7 +30,9 @@ from kdjax.types import (
     Objective,
     Outputs,
     PyTree,
+    SampledTargets,
     Scheduled,
+    SparseTargets,
     Term,
 )
 
@@ -54,15 +56,20 @@ def _means(
     head = student.logits
     if isinstance(head, LinearHead):
         counts = counted(batch, where, head.hidden.shape[:-1], labels)
-        target = None if teacher is None else teacher.logits
-        if teacher is not None and not isinstance(target, LinearHead):
-            target = teacher.dense_logits()
+        target = None if teacher is None else _given(teacher, LinearHead)
         return fused.token_means(loss, head, target, *truth, where=counts)
-    sides = (student,) if teacher is None else (student, teacher)
-    values, others = loss(*(side.dense_logits() for side in sides), *truth)
+    targets = () if teacher is None else (_given(teacher),)
+    values, others = loss(student.dense_logits(), *targets, *truth)
     counts = counted(batch, where, values.shape, labels)
     means = jax.tree.map(lambda each: Mean.of(each, counts), others)
     return Mean.of(values, counts), means
+
+
+def _given(teacher: Outputs, *kinds: type) -> Any:
+    """What a loss gets of a teacher: its targets, kinds of logits, or dense ones."""
+    if isinstance(teacher.logits, (SparseTargets, SampledTargets, *kinds)):
+        return teacher.logits
+    return teacher.dense_logits()
 
 
 def _mean(loss: Callable[..., Array], *given: Any) -> Mean:
@@ -141,7 +148,8 @@ def soft_labels(
 
     Logits that a model shows as a :class:`~kdjax.types.LinearHead` never exist all at
     once where the student shows such a head; the loss then gives one value per token.
-    See :func:`kdjax.fused.token_mean`.
+    See :func:`kdjax.fused.token_mean`. A teacher that gives targets,
+    :func:`kdjax.teachers.cached`, say, needs a loss of such targets.
 
     Args:
       loss: ``loss(student_logits, teacher_logits, **hyperparameters)``, or with the

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,16 @@ from jax import Array
 from kdjax import losses
 from kdjax.losses._tokens import UNSCORED
 from kdjax.objectives._terms import MASK, entry
-from kdjax.types import Batch, LinearHead, Objective, Outputs, PyTree, Term
+from kdjax.types import (
+    Batch,
+    LinearHead,
+    Objective,
+    Outputs,
+    PyTree,
+    SampledTargets,
+    SparseTargets,
+    Term,
+)
 
 
 def next_token(
@@ -21,11 +29,10 @@ def next_token(
     tokens: str = "tokens",
     where: str | None = None,
     segments: str | None = None,
-    cut: Sequence[str] = (),
 ) -> Objective:
     """Shifts what an objective sees, so that logits meet the tokens they predict.
 
-    The logits of both models lose their last position, as
+    The logits of both models, or the teacher's targets, lose their last position, as
     :func:`kdjax.losses.next_token` says. The batch gets ``"label"``, the token behind
     each position, negative where none is to be predicted, and ``"mask"``, which says
     where one is. Features stay as they are: terms over them belong beside this
@@ -39,8 +46,6 @@ def next_token(
         by default all but the first.
       segments: entry of the batch that says which text of a packed row a token is of,
         ``[B, T]``; no token is predicted from another text.
-      cut: entries of the batch with a value per position, ``[B, T, ...]``, which lose
-        the last one too: cached targets, say.
 
     Returns:
       The same terms, averaged over the tokens that are predicted.
@@ -79,6 +84,14 @@ def next_token(
         short, labels = losses.next_token(logits, labelled(batch), segments=texts)
         return dataclasses.replace(outputs, logits=short), labels
 
+    def shortened(teacher: Outputs, batch: Batch) -> Outputs:
+        if teacher.logits is None:
+            return teacher
+        if isinstance(teacher.logits, (SparseTargets, SampledTargets)):
+            short = jax.tree.map(lambda leaf: leaf[:, :-1], teacher.logits)
+            return dataclasses.replace(teacher, logits=short)
+        return shifted(teacher, batch)[0]
+
     def apply(
         params: PyTree,
         state: PyTree,
@@ -88,12 +101,9 @@ def next_token(
         step: Array,
     ) -> tuple[dict[str, Term], PyTree]:
         ours, labels = shifted(student, batch)
-        theirs = teacher if teacher.logits is None else shifted(teacher, batch)[0]
-        short = {
-            name: jax.tree.map(lambda leaf: leaf[:, :-1], entry(batch, name, "cut"))
-            for name in cut
-        }
-        seen = {**batch, **short, "label": labels, MASK: labels >= 0}
-        return objective.apply(params, state, ours, theirs, seen, step)
+        seen = {**batch, "label": labels, MASK: labels >= 0}
+        return objective.apply(
+            params, state, ours, shortened(teacher, batch), seen, step
+        )
 
     return Objective(objective.init, objective.init_state, apply)

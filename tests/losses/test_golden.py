@@ -353,12 +353,7 @@ def assert_matches(name, dtype, tolerance, options=None):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_float32(name):
-    assert_matches(name, jnp.float32, 1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_float32_as_compiled_for_users(name):
+    # Sums are less exact where the compiler leaves them to one number at a time.
     assert_matches(name, jnp.float32, 1e-6, AS_FOR_USERS)
 
 

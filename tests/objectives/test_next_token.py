@@ -5,8 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax import LinearHead, Mean, Objective, Outputs, Term, losses
-from kdjax.objectives import combine, hard_labels, next_token, soft_labels
+from kdjax import LinearHead, Mean, Objective, Outputs, Term, losses, teachers
+from kdjax.objectives import (
+    combine,
+    hard_labels,
+    next_token,
+    relations,
+    soft_labels,
+)
 
 B, T, D, V = 2, 6, 3, 5
 
@@ -72,7 +78,7 @@ def test_only_what_is_asked_for_is_predicted(data):
     assert found["hard"][1] == found["soft"][1] == 2 * (T - 1) - 2
 
 
-def test_entries_that_are_cut_stay_beside_their_positions(data):
+def test_batch_gets_labels_and_a_mask_of_what_is_predicted(data):
     student, _, tokens = data
     seen = {}
 
@@ -81,14 +87,33 @@ def test_entries_that_are_cut_stay_beside_their_positions(data):
         return {"none": Term(1.0, Mean.of(jnp.zeros(1)))}, state
 
     looking = Objective(lambda rng, student, teacher: {}, dict, look)
-    targets = jnp.arange(B * T * 2).reshape(B, T, 2)
-    batch = {"tokens": tokens, "targets": targets, "index": jnp.arange(B)}
-    objective = next_token(looking, cut=("targets",))
-    objective.apply({}, {}, Outputs(student), Outputs(None), batch, jnp.array(0))
-    np.testing.assert_array_equal(seen["targets"], targets[:, :-1])
+    batch = {"tokens": tokens, "index": jnp.arange(B)}
+    next_token(looking).apply(
+        {}, {}, Outputs(student), Outputs(None), batch, jnp.array(0)
+    )
     np.testing.assert_array_equal(seen["label"], tokens[:, 1:])
     assert seen["mask"].all()
     assert seen["index"].shape == (B,)
+
+
+@pytest.mark.parametrize("multiplied", [True, False])
+def test_cached_targets_stand_for_the_teacher(data, multiplied):
+    student, teacher, tokens = data
+    targets = losses.top_k_targets(teacher.logits(), V, temperature=2.0)
+    source, frozen = teachers.cached(lambda batch: batch["targets"])
+    batch = {"tokens": tokens, "targets": targets}
+    given = source.outputs(frozen, source.init({}, {}), batch)
+    objective = next_token(soft_labels(losses.sparse_forward_kl))
+    shown = student.logits() if multiplied else student
+    found = apply(objective, shown, given.logits, batch)
+    # All classes were kept.
+    dense = next_token(soft_labels(temperature=2.0))
+    expected = apply(dense, student, teacher, {"tokens": tokens})
+    assert found["soft"] == (pytest.approx(expected["soft"][0], rel=1e-5), B * (T - 1))
+    with pytest.raises(ValueError, match=r"gives SparseTargets.*sparse_forward_kl"):
+        relations(losses.intra_class_relation).apply(
+            {}, {}, Outputs(shown), given, batch, jnp.array(0)
+        )
 
 
 def test_gradients_reach_no_last_position(data):
@@ -118,7 +143,5 @@ def test_missing_or_misshapen_entries_are_refused_by_name(data):
         batch = {"tokens": tokens, "made": made}
         with pytest.raises(ValueError, match="where: 'made' of the batch has"):
             apply(next_token(BOTH, where="made"), student, teacher, batch)
-    with pytest.raises(ValueError, match="cut: got 'targets'"):
-        apply(next_token(BOTH, cut=["targets"]), student, teacher, {"tokens": tokens})
     with pytest.raises(ValueError, match="gives none, only features"):
         apply(next_token(BOTH), None, teacher, {"tokens": tokens})

@@ -70,14 +70,9 @@ Method = Callable[[Setup], Recipe]
 """Says how a student is trained."""
 
 
-def of_data(objective: Objective, cut: Sequence[str] = ()) -> Objective:
-    """A term over every token of the data but the first of each text.
-
-    Args:
-      objective: over logits.
-      cut: entries of the batch with a value for each position.
-    """
-    return objectives.next_token(objective, segments="segments", cut=cut)
+def of_data(objective: Objective) -> Objective:
+    """A term over every token of the data but the first of each text."""
+    return objectives.next_token(objective, segments="segments")
 
 
 def of_made(objective: Objective, where: str = SCORED) -> Objective:

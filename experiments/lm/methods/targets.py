@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from kdjax import (
     fused,
     losses,
     objectives,
+    teachers,
 )
 from kdjax.io.input import HostBatch
 from kdjax.train import DistillState
@@ -68,11 +69,11 @@ def _cached(setup: Setup) -> Recipe:
         }
         return {**given, **joined}
 
-    def loss(student: Array, indices: Array, log_probs: Array, tail: Array) -> Array:
-        targets = SparseTargets(indices, log_probs, tail, setup.temperature)
-        return losses.sparse_forward_kl(student, targets)
+    def targets(batch: Batch) -> SparseTargets:
+        kept = {name: batch[name] for name in _SPARSE}
+        return SparseTargets(**kept, temperature=setup.temperature)
 
-    return Recipe(of_data(_against(loss, _SPARSE), cut=_SPARSE), rows=rows)
+    return Recipe(_against(targets, losses.sparse_forward_kl), rows=rows)
 
 
 def _sampled(setup: Setup) -> Recipe:
@@ -90,14 +91,14 @@ def _sampled(setup: Setup) -> Recipe:
         targets = fused.token_map(draw, head, keys)
         return {**batch, **{name: getattr(targets, name) for name in _SAMPLED}}
 
-    def loss(student: Array, indices: Array, scale: Array, log_probs: Array) -> Array:
-        targets = SampledTargets(indices, scale, log_probs, setup.temperature)
-        return losses.sampled_forward_kl(student, targets)
+    def targets(batch: Batch) -> SampledTargets:
+        drawn = {name: batch[name] for name in _SAMPLED}
+        return SampledTargets(**drawn, temperature=setup.temperature)
 
-    return Recipe(of_data(_against(loss, _SAMPLED), cut=_SAMPLED), rollout=rollout)
+    return Recipe(_against(targets, losses.sampled_forward_kl), rollout=rollout)
 
 
-# Entries of a batch, and fields of the targets in their order.
+# Entries of a batch, and fields of the targets.
 _SPARSE = ("indices", "log_probs", "tail")
 _SAMPLED = ("indices", "weights", "log_probs")
 
@@ -108,8 +109,13 @@ def _head(
     return with_params(config, params)(tokens, segments)
 
 
-def _against(loss: Callable[..., Array], names: Sequence[str]) -> Objective:
-    """A loss between the student's logits and entries of the batch."""
+def _against(
+    targets: Callable[[Batch], SparseTargets | SampledTargets],
+    loss: Callable[..., Array],
+) -> Objective:
+    """A loss against targets of the batch, in place of the teacher's outputs."""
+    source, _ = teachers.cached(targets)
+    term = of_data(objectives.soft_labels(loss))
 
     def apply(
         params: PyTree,
@@ -119,14 +125,10 @@ def _against(loss: Callable[..., Array], names: Sequence[str]) -> Objective:
         batch: Batch,
         step: Array,
     ) -> tuple[dict[str, Term], PyTree]:
-        assert isinstance(student.logits, LinearHead)
-        values = (batch[name] for name in names)
-        mean = fused.token_mean(
-            loss, student.logits, None, *values, where=batch["mask"]
-        )
-        return {"soft": Term(1.0, mean)}, state
+        given = source.outputs({}, (), batch)
+        return term.apply(params, state, student, given, batch, step)
 
-    return Objective(lambda rng, student, teacher: {}, dict, apply)
+    return term._replace(apply=apply)
 
 
 TARGETS: dict[str, Method] = {"top_k": _top_k, "cached": _cached, "sampled": _sampled}
