@@ -20,7 +20,7 @@ from kdjax.types import PyTree
 
 _POSITIVE = (
     "vocabulary", "layers", "width", "heads", "key_value_heads", "head_width",
-    "mlp_width", "rope_theta", "norm_epsilon",
+    "mlp_width", "rope_theta", "norm_epsilon", "unroll",
 )  # fmt: skip
 
 
@@ -56,6 +56,8 @@ class DecoderConfig:
     """Whether queries, keys and values have a bias, as in Qwen 2."""
     remat: bool = False
     """Whether a block is computed again in the backward pass, to save memory."""
+    unroll: int = 1
+    """Blocks in one turn of the scan: more take longer to compile, and run faster."""
     dtype: str = "float32"
     """Of what is computed; parameters stay as they are."""
 
@@ -274,7 +276,12 @@ class Decoder(nnx.Module):
 
         if self.config.remat:
             layer = nnx.remat(layer)
-        scanned = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        scanned = nnx.scan(
+            layer,
+            in_axes=(nnx.Carry, 0),
+            out_axes=nnx.Carry,
+            unroll=self.config.unroll,
+        )
         return self._head(scanned(self.embedding(tokens), self.blocks))
 
     def decode(

@@ -66,8 +66,11 @@ def _relations(setup: Setup) -> Recipe:
 def _from_layers(setup: Setup) -> Recipe:
     """DistilBERT's start, 2019, arXiv:1910.01108, section 3, then forward KL."""
     pairs = _pairs(setup, "from_layers")
-    shortened = dataclasses.replace(setup.teacher, layers=setup.student.layers)
-    if setup.student != shortened:
+    ours = setup.student
+    shortened = dataclasses.replace(
+        setup.teacher, layers=ours.layers, unroll=ours.unroll
+    )
+    if ours != shortened:
         raise Unfit(
             "from_layers needs a student like the teacher but for the layers; "
             f"--width {setup.teacher.width}."
