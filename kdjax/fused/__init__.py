@@ -7,6 +7,13 @@ gradients are those of the loss over all logits.
 
 from kdjax.fused._token_map import token_map
 from kdjax.fused._token_mean import token_mean, token_means
-from kdjax.fused._tokens import CHUNK_BYTES, TOKEN_AXES
+from kdjax.fused._tokens import CHUNK_BYTES, LEAST_TOKENS, TOKEN_AXES
 
-__all__ = ["CHUNK_BYTES", "TOKEN_AXES", "token_map", "token_mean", "token_means"]
+__all__ = [
+    "CHUNK_BYTES",
+    "LEAST_TOKENS",
+    "TOKEN_AXES",
+    "token_map",
+    "token_mean",
+    "token_means",
+]

@@ -8,7 +8,7 @@ import jax
 
 from kdjax.fused import _checks
 from kdjax.fused._chunks import mapped, per_token
-from kdjax.fused._tokens import TOKEN_AXES, Rows, chunk_of
+from kdjax.fused._tokens import TOKEN_AXES, Rows
 from kdjax.types import LinearHead, PyTree
 
 
@@ -61,5 +61,5 @@ def token_map(
     batch = _checks.arguments(given, chunk_size)
     rows = Rows.of(batch, token_axes)
     inputs = per_token(rows.joined, (head, per_token_args))
-    size = chunk_size or chunk_of(head)
+    size = chunk_size or rows.chunk_of(head)
     return jax.tree.map(rows.parted, mapped(function, size, rows.axes, *inputs))

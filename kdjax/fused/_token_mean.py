@@ -11,7 +11,7 @@ from jax import Array
 
 from kdjax.fused import _checks
 from kdjax.fused._chunks import Plan, per_token, total
-from kdjax.fused._tokens import TOKEN_AXES, Rows, chunk_of
+from kdjax.fused._tokens import TOKEN_AXES, Rows
 from kdjax.types import LinearHead, Mean, PyTree, SampledTargets, SparseTargets
 
 
@@ -142,7 +142,7 @@ def token_means(
         _checks.mask(where, batch)
     counts = jnp.ones(batch, bool) if where is None else jnp.asarray(where)
     rows = Rows.of(batch, token_axes)
-    plan = Plan(loss, chunk_size or chunk_of(student), rows.axes)
+    plan = Plan(loss, chunk_size or rows.chunk_of(student), rows.axes)
     student, others = per_token(rows.joined, (student, others))
     value, rest = total(plan, student, others, rows.counted(counts))
     count = jnp.sum(counts, dtype=jnp.int32)

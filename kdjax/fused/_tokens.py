@@ -25,12 +25,6 @@ TOKEN_AXES = ("data", "fsdp")
 """Axes of a mesh that tokens are split over, by default."""
 
 
-def chunk_of(head: LinearHead) -> int:
-    """How many tokens have logits at a time, by default."""
-    token_bytes = head.kernel.shape[1] * wide_dtype(head.hidden, head.kernel).itemsize
-    return max(LEAST_TOKENS, CHUNK_BYTES // max(1, 3 * token_bytes))
-
-
 class Rows(NamedTuple):
     """Tokens ``[*batch]`` as one axis that the devices divide.
 
@@ -38,11 +32,14 @@ class Rows(NamedTuple):
       batch: their shape.
       axes: of the mesh around this, which they are split over.
       padding: how many are added, copies of the first.
+      class_shards: devices that the mesh has for each part of them, which classes are
+        taken to be split over.
     """
 
     batch: tuple[int, ...]
     axes: tuple[str, ...]
     padding: int
+    class_shards: int
 
     @classmethod
     def of(cls, batch: tuple[int, ...], token_axes: Sequence[str]) -> Rows:
@@ -53,7 +50,15 @@ class Rows(NamedTuple):
             name for name in token_axes if name in free and mesh.shape[name] > 1
         )
         shards = math.prod(mesh.shape[name] for name in axes)
-        return cls(batch, axes, -math.prod(batch) % shards)
+        all_shards = math.prod(mesh.shape[name] for name in free)
+        return cls(batch, axes, -math.prod(batch) % shards, all_shards // shards)
+
+    def chunk_of(self, head: LinearHead) -> int:
+        """How many tokens have logits at a time on each device, by default."""
+        dtype = wide_dtype(head.hidden, head.kernel)
+        classes = math.ceil(head.kernel.shape[1] / self.class_shards)
+        token_bytes = 3 * classes * dtype.itemsize
+        return max(LEAST_TOKENS, CHUNK_BYTES // max(1, token_bytes))
 
     def joined(self, array: Array) -> Array:
         """From ``[*batch, ...]`` to ``[N, ...]``."""

@@ -47,6 +47,7 @@ def _means(
     labels: Array | None,
     batch: Batch,
     where: str | None,
+    chunk_size: int | None = None,
 ) -> tuple[Mean, PyTree]:
     """The mean of a loss over logits, or over the head of a student that shows one.
 
@@ -57,7 +58,9 @@ def _means(
     if isinstance(head, LinearHead):
         counts = counted(batch, where, head.hidden.shape[:-1], labels)
         target = None if teacher is None else _given(teacher, LinearHead)
-        return fused.token_means(loss, head, target, *truth, where=counts)
+        return fused.token_means(
+            loss, head, target, *truth, where=counts, chunk_size=chunk_size
+        )
     targets = () if teacher is None else (_given(teacher),)
     values, others = loss(student.dense_logits(), *targets, *truth)
     counts = counted(batch, where, values.shape, labels)
@@ -95,6 +98,7 @@ def hard_labels(
     labels: str = "label",
     label_smoothing: Scheduled = 0.0,
     where: str | None = MASK,
+    chunk_size: int | None = None,
 ) -> Objective:
     """Cross-entropy against the labels of the batch.
 
@@ -107,6 +111,7 @@ def hard_labels(
       labels: entry of the batch, integers ``[...]``; negative ones do not count.
       label_smoothing: in [0, 1]; see :func:`kdjax.losses.cross_entropy`.
       where: entry of the batch that says what counts.
+      chunk_size: tokens that have logits at a time, under such a head.
 
     Returns:
       An objective of one term.
@@ -129,7 +134,7 @@ def hard_labels(
         loss = functools.partial(
             losses.cross_entropy, label_smoothing=now(label_smoothing, step)
         )
-        return _mean(loss, student, None, truth, batch, where)
+        return _mean(loss, student, None, truth, batch, where, chunk_size)
 
     return single(name, weight, compute)
 
@@ -142,6 +147,7 @@ def soft_labels(
     labels: str | None = None,
     student: str | None = None,
     where: str | None = MASK,
+    chunk_size: int | None = None,
     **hyperparameters: Scheduled,
 ) -> Objective:
     """Any loss of :mod:`kdjax.losses` between the logits of student and teacher.
@@ -161,6 +167,7 @@ def soft_labels(
       student: a feature of the student that holds the logits to be pulled, such as
         those of a distillation token (DeiT, arXiv:2012.12877); by default its logits.
       where: entry of the batch that says what counts.
+      chunk_size: tokens that have logits at a time, under such a head.
       **hyperparameters: the loss's own, such as ``temperature=4.0``; each a number or
         a schedule.
 
@@ -188,7 +195,7 @@ def soft_labels(
         bound = functools.partial(loss, **settings(hyperparameters, step))
         if head is not None:
             student = Outputs(feature(student, head, f"term {name!r}: the student"))
-        return _mean(bound, student, teacher, truth, batch, where)
+        return _mean(bound, student, teacher, truth, batch, where, chunk_size)
 
     return single(name, weight, compute)
 
@@ -202,6 +209,7 @@ def mixed_labels(
     labels: str = "label",
     label_smoothing: Scheduled = 0.0,
     where: str | None = MASK,
+    chunk_size: int | None = None,
     monitors: Mapping[str, Measure] | None = None,
     **hyperparameters: Scheduled,
 ) -> Objective:
@@ -221,6 +229,7 @@ def mixed_labels(
         the soft labels either.
       label_smoothing: in [0, 1]; see :func:`kdjax.losses.cross_entropy`.
       where: entry of the batch that says what else counts.
+      chunk_size: tokens that have logits at a time, under such a head.
       monitors: measures by name, as for :func:`monitor`, of the same logits.
       **hyperparameters: the loss's own, as for :func:`soft_labels`.
 
@@ -272,7 +281,7 @@ def mixed_labels(
             return both, {"hard": hard, "soft": soft, **seen}
 
         truth = entry(batch, labels, "labels")
-        mean, others = _means(parts, student, teacher, truth, batch, where)
+        mean, others = _means(parts, student, teacher, truth, batch, where, chunk_size)
         diagnostics = {key: Term(0, each) for key, each in others.items()}
         return {name: Term(now(weight, step), mean), **diagnostics}, state
 

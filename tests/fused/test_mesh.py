@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.benchmarks import forms, linear_head, traffic
 from kdjax import fused, losses, make_train_step, models, objectives, teachers
+from kdjax.fused._tokens import Rows
 from kdjax.train import init_state, make_mesh, place, place_step
 from kdjax.types import LinearHead
 from tests.fused import heads
@@ -225,3 +226,18 @@ def test_a_slice_gathers_nothing(shards):
     gradient, chunk = (4 * size * kernel[1] for size in (WIDTH, CHUNK))
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     assert temporaries < 2.5 * gradient + 4 * chunk
+
+
+def test_the_default_chunk_keeps_to_its_memory_or_its_least_rows():
+    def chunk(classes):
+        hidden, kernel = jnp.zeros((8, 2)), jnp.zeros((2, classes))
+        head = LinearHead(hidden, kernel)
+        return Rows.of((8,), fused.TOKEN_AXES).chunk_of(head)
+
+    assert chunk(32000) == fused.CHUNK_BYTES // (3 * 4 * 32000) == 131
+    assert chunk(150000) == fused.LEAST_TOKENS
+    # Axes that split no tokens split the classes.
+    mesh = mesh_of(data=2, model=4)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        assert chunk(32000) == fused.CHUNK_BYTES // (3 * 4 * 8000)
+        assert chunk(1000000) == fused.LEAST_TOKENS
