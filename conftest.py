@@ -22,13 +22,15 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Programs of tests run for milliseconds, and compiling them is most of the time: less
-# optimization halves it. Flags are read when the first program is compiled.
-quick = "--xla_backend_optimization_level=0"
-# Leaves out the newer generator of code, where there is an older one: jaxlib refuses
-# flags that it does not know.
-if jax.__version_info__ < (0, 11):
-    quick += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", quick)
+# optimization leaves half of it, and the older generator of code, where there still is
+# one, a half of that.
+QUICK = "--xla_backend_optimization_level=0"
+if "XLA_FLAGS" not in os.environ:
+    older = " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = QUICK + older * (jax.__version_info__ < (0, 11))
+    # Flags are read once, here. libtpu reads them anew, and refuses what it lacks.
+    jax.devices()
+    os.environ["XLA_FLAGS"] = QUICK
 
 # Annotations are checked against what each call gets and gives. An int is a float
 # here, as it is to every static type checker.
