@@ -55,10 +55,10 @@ class Rows(NamedTuple):
 
     def chunk_of(self, head: LinearHead) -> int:
         """How many tokens have logits at a time on each device, by default."""
-        dtype = wide_dtype(head.hidden, head.kernel)
-        classes = math.ceil(head.kernel.shape[1] / self.class_shards)
+        classes, dtype = head.kernel.shape[1], wide_dtype(head.hidden, head.kernel)
         token_bytes = 3 * classes * dtype.itemsize
-        return max(LEAST_TOKENS, CHUNK_BYTES // max(1, token_bytes))
+        tokens = max(LEAST_TOKENS, CHUNK_BYTES // max(1, token_bytes))
+        return tokens * self.class_shards
 
     def joined(self, array: Array) -> Array:
         """From ``[*batch, ...]`` to ``[N, ...]``."""
