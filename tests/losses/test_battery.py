@@ -94,6 +94,8 @@ def test_shape_jit_and_grad(case):
     assert np.any(gradients["student_logits"] != 0)
 
 
+# Fifty programs, which `pytest -m slow` compiles.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", select(lambda case: case.gives in ("position", "slot"))
 )

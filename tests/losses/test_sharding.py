@@ -59,6 +59,8 @@ def test_every_loss_that_relates_examples_is_here():
         pytest.param(jnp.float64, (4,), 1e-12, id="float64", marks=pytest.mark.slow),
     ],
 )
+# The batteries have each loss on one mesh; this is every number of devices.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_devices_change_no_value_and_no_gradient(name, dtype, devices, tolerance):
     with jax.enable_x64(dtype == jnp.float64):

@@ -87,6 +87,7 @@ def kill_and_resume(folder, alone, cache, step, seconds):
     return killed
 
 
+@pytest.mark.slow
 def test_the_run_trains_what_it_is_meant_to(alone):
     """Else nothing would be proved: every kind of state is there and moves."""
     with np.load(alone / "final.npz") as final:
@@ -141,6 +142,7 @@ def test_killed_again_and_again(tmp_path, alone, cache):
     assert_same(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on(tmp_path, alone, cache):
     process = start(tmp_path, cache)
     wait_for(tmp_path, 20, process)

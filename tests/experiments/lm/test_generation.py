@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.lm.generation import generate, keep_top_k, keep_top_p, padded_behind
 from experiments.lm.model import with_params
-from tests.experiments.lm.test_model import CONFIG, QWEN, params_of, quickly
+from tests.experiments.lm.test_model import CONFIG, QWEN, params_of
 from tests.losses.running import COMPILED, mesh_of
 
 SHALLOW = dataclasses.replace(CONFIG, layers=1)
@@ -23,7 +23,7 @@ NEW = 6
 
 
 @functools.partial(
-    quickly, static_argnums=0, static_argnames=("new_tokens", "top_k", "stop_tokens")
+    jax.jit, static_argnums=0, static_argnames=("new_tokens", "top_k", "stop_tokens")
 )
 def fast(config, params, prompts, lengths, rng, **options):
     return generate(config, params, prompts, lengths, rng=rng, **options)
@@ -45,7 +45,7 @@ def continuations(made):
     ]
 
 
-@functools.partial(quickly, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def log_softmax_of(config, tokens):
     """A fresh pass over whole texts, without caches."""
     return jax.nn.log_softmax(with_params(config, params_of(config))(tokens).logits())
@@ -236,7 +236,7 @@ def test_one_compilation_for_many_settings():
 
 
 def test_samples_inside_of_a_compiled_step():
-    @quickly
+    @jax.jit
     def step(params, key):
         made = generate(
             SHALLOW, params, PROMPTS, LENGTHS, rng=key, new_tokens=NEW, temperature=1.0
@@ -253,7 +253,7 @@ def test_a_mesh_changes_nothing_and_gathers_no_cache():
     rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["data"], []))
     params, prompts, lengths = params_of(SHALLOW), *map(jnp.asarray, (PROMPTS, LENGTHS))
 
-    @functools.partial(quickly, in_shardings=(whole, rows, rows))
+    @functools.partial(jax.jit, in_shardings=(whole, rows, rows))
     def sharded(params, prompts, lengths):
         key = jax.random.key(0)
         options = {"rng": key, "new_tokens": NEW, "temperature": 1.0}

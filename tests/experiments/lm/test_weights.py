@@ -15,7 +15,7 @@ import pytest
 from experiments.lm.model import from_layers, with_params
 from experiments.lm.weights import load, read_config, save
 from kdjax.io.weights import load_tensors, save_tensors
-from tests.experiments.lm.test_model import CONFIG, QWEN, params_of, quickly
+from tests.experiments.lm.test_model import CONFIG, QWEN, params_of
 
 REFERENCE = Path(__file__).parent / "reference"
 MODELS = ("llama", "llama-3", "qwen-2", "qwen-3")
@@ -33,7 +33,7 @@ def test_logits_are_those_of_transformers(name):
     config, params = loaded(name)
     reference = np.load(REFERENCE / name / "logits.npz")
 
-    @quickly
+    @jax.jit
     def logits(params, tokens):
         return with_params(config, params)(tokens).logits()
 
