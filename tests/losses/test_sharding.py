@@ -52,15 +52,15 @@ def test_every_loss_that_relates_examples_is_here():
     }
 
 
+# The batteries have each loss on one mesh; this is every number of devices.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "devices", "tolerance"),
     [
         pytest.param(jnp.float32, (1, 2, 4), 1e-6, id="float32"),
-        pytest.param(jnp.float64, (4,), 1e-12, id="float64", marks=pytest.mark.slow),
+        pytest.param(jnp.float64, (4,), 1e-12, id="float64"),
     ],
 )
-# The batteries have each loss on one mesh; this is every number of devices.
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_devices_change_no_value_and_no_gradient(name, dtype, devices, tolerance):
     with jax.enable_x64(dtype == jnp.float64):
