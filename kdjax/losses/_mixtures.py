@@ -14,6 +14,8 @@ from kdjax.losses._pairs import (
     Totals,
     centred,
     excess,
+    exp_and_less_one,
+    log1p_near,
     rule,
     softened,
 )
@@ -22,14 +24,12 @@ from kdjax.losses._rows import by_rows
 
 def _logs_to_mixture(x: Array, share: Array) -> tuple[Array, Array]:
     """log(p/m) and log(q/m) with the mixture m = share p + (1 - share) q."""
-    above = x >= 0
-    # Each side of the select only sees the sign for which exp cannot overflow.
-    up, down = jnp.where(above, x, 0), jnp.where(above, 0, x)
-    from_p = -_log_mixed(1 - share, share, -up)
-    from_q = -_log_mixed(share, 1 - share, down)
-    log_p = jnp.where(above, from_p, from_q + down)
-    log_q = jnp.where(above, from_p - up, from_q)
-    return log_p, log_q
+    # One logarithm is enough, of numbers that cannot overflow: the other is x away.
+    above, far = x >= 0, jnp.abs(x)
+    weight = jnp.where(above, 1 - share, share)
+    larger = -_log_mixed(weight, jnp.where(above, share, 1 - share), -far)
+    smaller = larger - far
+    return jnp.where(above, larger, smaller), jnp.where(above, smaller, larger)
 
 
 def _mixture(pair: Pair, share: Array) -> Array:
@@ -38,11 +38,12 @@ def _mixture(pair: Pair, share: Array) -> Array:
 
 def _log_mixed(weight: Array, rest: Array, x: Array) -> Array:
     """``log(weight * exp(x) + rest)`` for x <= 0 and weights that sum to one."""
-    change = weight * jnp.expm1(x)
+    power, less_one = exp_and_less_one(x)
+    change = weight * less_one
     near = change > -0.5
-    inner = jnp.log1p(jnp.where(near, change, 0))
+    inner = log1p_near(jnp.where(near, change, 0))
     # Where the change eats up nearly all of the one, the sum is the exact form.
-    return jnp.where(near, inner, jnp.log(weight * jnp.exp(x) + rest))
+    return jnp.where(near, inner, jnp.log(weight * power + rest))
 
 
 def _js_terms(pair: Pair, beta: Array) -> Totals:

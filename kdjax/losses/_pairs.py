@@ -64,14 +64,37 @@ def _second_order(x: Array) -> Array:
     """``x + exp(-x) - 1`` for ``|x| <= 1`` by its series, which starts at x²/2."""
     # The first term left out is below a quarter of the rounding error.
     last = 19 if x.dtype == jnp.float64 else 11
-    terms: list[Any] = [(-1) ** k / math.factorial(k) for k in range(2, last + 1)]
+    terms = [(-1) ** k / math.factorial(k) for k in range(2, last + 1)]
+    return x * x * _polynomial(terms, x)
+
+
+def exp_and_less_one(x: Array) -> tuple[Array, Array]:
+    """``exp(x)`` and ``expm1(x)`` for ``x <= 0``, from one exponential."""
+    power = jnp.exp(x)
+    near = x > -1
+    inner = jnp.where(near, x, 0)
+    return power, jnp.where(near, _second_order(-inner) + inner, power - 1)
+
+
+def log1p_near(x: Array) -> Array:
+    """``log1p(x)`` for ``-0.5 <= x <= 0`` by the series of the hyperbolic tangent."""
+    ratio = x / (2 + x)
+    # Its square is at most 1/9; the first term left out is below the rounding error.
+    last = 16 if x.dtype == jnp.float64 else 7
+    terms = [2 / (2 * k + 1) for k in range(last + 1)]
+    return ratio * _polynomial(terms, ratio * ratio)
+
+
+def _polynomial(coefficients: Sequence[float], x: Array) -> Array:
+    """The first coefficient belongs to the power 0."""
+    terms: list[Any] = list(coefficients)
     # By pairs, not one after another: a core then has several to work on at a time.
     power = x
     while len(terms) > 1:
         pairs = itertools.zip_longest(terms[::2], terms[1::2], fillvalue=0.0)
         terms = [even + odd * power for even, odd in pairs]
         power = power * power
-    return x * x * terms[0]
+    return terms[0]
 
 
 Totals = tuple[Array, ...]
