@@ -40,6 +40,8 @@ DEFAULT_TARGETS = {PLAIN: 0.9, PRODUCTS: 1.15}
 TARGETS = {"jensen_shannon": {PLAIN: 1.0, PRODUCTS: 1.7}}
 LIMIT = 0.2e9
 """Bytes of temporaries on a chip of the slice, beside the kernel's gradient."""
+BYTES_PER_SECOND, PRODUCTS_PER_SECOND = 819e9, 197e12
+"""Of a v5e chip: its memory, and its floating-point operations in bfloat16."""
 PEERS = {
     "forward_kl": {"torchtune, 8 chunks": "torchtune_forward_kl"},
     "jensen_shannon": {"Liger, chunked": "liger_jsd", "TRL's formula": "trl_jsd"},
@@ -272,6 +274,27 @@ def on_slice(config: Config) -> Iterator[Figure]:
                 ours.moved,
                 target=0,
             )
+            yield _roofline(section, name, config, ways)
+
+
+def _roofline(section: str, name: str, config: Config, ways: tuple[int, int]) -> Figure:
+    """What a chip needs for one chunk, by its traffic and by its products."""
+    # As many tokens as kdjax takes by default for so many ways.
+    chunk = config.chunk_size or fused.LEAST_TOKENS * ways[1]
+    mean = chunked(forms.KDJAX[name], chunk)
+    shape = chunk * ways[0], config.slice_vocabulary, config.slice_width
+    costs = compiled(mean, ways, *shape).cost_analysis()
+    traffic_ms = 1e3 * costs["bytes accessed"] / BYTES_PER_SECOND
+    products_ms = 1e3 * costs["flops"] / PRODUCTS_PER_SECOND
+    return Figure(
+        section,
+        name,
+        f"a chunk of {chunk} tokens, by traffic",
+        f"{traffic_ms:.2f} ms",
+        "by products",
+        f"{products_ms:.2f} ms",
+        traffic_ms / products_ms,
+    )
 
 
 def compiled(
