@@ -36,7 +36,7 @@ class Config:
     vocabulary: int = 512
     """Tokens of byte pairs, where there are any."""
     methods: tuple[str, ...] = ("alone", "forward_kl")
-    """Names, with spaces or commas between, or all; alone*4 trains 4 times as long."""
+    """Names, with spaces or commas between, or all; alone:4 trains 4 times as long."""
     seeds: int = 3
     """Students of every method; each seed has its own weights and passage of text."""
     characters: int = 100_000

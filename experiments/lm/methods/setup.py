@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from jax import Array
+
 from experiments.jobs.trainings import Rollout
 from experiments.lm.model import DecoderConfig
 from experiments.lm.networks import INPUTS
 from experiments.lm.rollouts import SCORED, Continuation
-from kdjax import Objective, objectives
+from kdjax import Objective, Outputs, Term, objectives
 from kdjax.io.input import HostBatch
-from kdjax.types import PyTree
+from kdjax.types import Batch, PyTree
 
 
 class Unfit(ValueError):
@@ -78,3 +80,25 @@ def of_data(objective: Objective) -> Objective:
 def of_made(objective: Objective, where: str = SCORED) -> Objective:
     """A term over the tokens that a model has made."""
     return objectives.next_token(objective, segments="segments", where=where)
+
+
+Given = tuple[Outputs, Batch]
+"""What an objective learns besides the student: the teacher's outputs and the batch."""
+
+
+def with_given(
+    objective: Objective, change: Callable[[Outputs, Batch], Given]
+) -> Objective:
+    """The same terms, given what a change makes of teacher and batch."""
+
+    def apply(
+        params: PyTree,
+        state: PyTree,
+        student: Outputs,
+        teacher: Outputs,
+        batch: Batch,
+        step: Array,
+    ) -> tuple[dict[str, Term], PyTree]:
+        return objective.apply(params, state, student, *change(teacher, batch), step)
+
+    return objective._replace(apply=apply)

@@ -9,16 +9,14 @@ import jax
 import numpy as np
 from jax import Array
 
-from experiments.lm.methods.setup import Method, Recipe, Setup, of_data
+from experiments.lm.methods.setup import Method, Recipe, Setup, of_data, with_given
 from experiments.lm.model import DecoderConfig, with_params
 from experiments.lm.rollouts import in_groups, step_key
 from kdjax import (
     LinearHead,
     Objective,
-    Outputs,
     SampledTargets,
     SparseTargets,
-    Term,
     fused,
     losses,
     objectives,
@@ -116,19 +114,7 @@ def _against(
     """A loss against targets of the batch, in place of the teacher's outputs."""
     source, _ = teachers.cached(targets)
     term = of_data(objectives.soft_labels(loss))
-
-    def apply(
-        params: PyTree,
-        state: PyTree,
-        student: Outputs,
-        teacher: Outputs,
-        batch: Batch,
-        step: Array,
-    ) -> tuple[dict[str, Term], PyTree]:
-        given = source.outputs({}, (), batch)
-        return term.apply(params, state, student, given, batch, step)
-
-    return term._replace(apply=apply)
+    return with_given(term, lambda _, batch: (source.outputs({}, (), batch), batch))
 
 
 TARGETS: dict[str, Method] = {"top_k": _top_k, "cached": _cached, "sampled": _sampled}

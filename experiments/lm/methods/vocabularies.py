@@ -5,7 +5,16 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from experiments.lm.methods.setup import Method, Recipe, Setup, Unfit, of_data, of_made
+from experiments.lm.methods.setup import (
+    Given,
+    Method,
+    Recipe,
+    Setup,
+    Unfit,
+    of_data,
+    of_made,
+    with_given,
+)
 from kdjax import LinearHead, Mean, Objective, Outputs, Term, losses
 from kdjax.objectives import combine, hard_labels, soft_labels
 from kdjax.types import Batch, PyTree
@@ -21,18 +30,7 @@ def _check(setup: Setup, name: str) -> None:
 def _labels() -> Objective:
     """Cross-entropy, without a look at a teacher whose tokens are others."""
     term = of_data(hard_labels())
-
-    def apply(
-        params: PyTree,
-        state: PyTree,
-        student: Outputs,
-        teacher: Outputs,
-        batch: Batch,
-        step: Array,
-    ) -> tuple[dict[str, Term], PyTree]:
-        return term.apply(params, state, student, Outputs(None), batch, step)
-
-    return term._replace(apply=apply)
+    return with_given(term, lambda _, batch: (Outputs(None), batch))
 
 
 def _alone(setup: Setup) -> Recipe:
@@ -56,26 +54,17 @@ def _universal(setup: Setup) -> Recipe:
         "follows_aligned",
     )
 
-    def apply(
-        params: PyTree,
-        state: PyTree,
-        student: Outputs,
-        teacher: Outputs,
-        batch: Batch,
-        step: Array,
-    ) -> tuple[dict[str, Term], PyTree]:
+    def there(teacher: Outputs, batch: Batch) -> Given:
         assert isinstance(teacher.logits, LinearHead)
         places = batch["read"][..., None]
         hidden = jnp.take_along_axis(teacher.logits.hidden, places, axis=1)
-        there = Outputs(teacher.logits._replace(hidden=hidden))
         # A token may be judged if both have read the same text before it.
         follows = jnp.roll(batch["aligned"], 1, axis=1)
-        seen = {**batch, "follows_aligned": follows}
-        return term.apply(params, state, student, there, seen, step)
+        read = Outputs(teacher.logits._replace(hidden=hidden))
+        return read, {**batch, "follows_aligned": follows}
 
-    placed = Objective(term.init, term.init_state, apply)
     return Recipe(
-        combine(_labels(), placed),
+        combine(_labels(), with_given(term, there)),
         teacher_inputs=_TEACHER,
         byte_pairs=True,
     )
