@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from experiments.jobs import command
+from experiments.jobs import command, comparison
 from experiments.jobs.networks import trained
 from experiments.jobs.timing import Timing, measured
 from experiments.jobs.trainings import Result
@@ -36,24 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(prepared: Prepared) -> None:
     """Trains and times what is not finished."""
     config, job = prepared.config, prepared.job
-    pending = {name: _pending(config, name) for name in prepared.methods}
-    unfinished = [
-        name
-        for name, seeds in pending.items()
-        if seeds or Timing.read(config.out / name) is None
-    ]
-    if not unfinished and Result.read(config.out / "teacher") is not None:
+    pending = comparison.pending(config.out, prepared.methods, config.seeds)
+    if not pending and Result.read(config.out / "teacher") is not None:
         job.console.print(f"All runs in {config.out} are finished.")
         return
     students = Students(prepared, _teacher(prepared))
     alone = students.of(ALONE)
     number, total = 0, sum(map(len, pending.values()))
-    for name in unfinished:
+    for name, seeds in pending.items():
         own = alone if name == ALONE else students.of(name)
-        for seed in pending[name]:
+        for seed in seeds:
             number += 1
             job.console.print(f"student {number} of {total}: {name}, seed {seed}")
-            folder = config.out / name / f"seed-{seed}"
+            folder = comparison.folder_of(config.out, name, seed)
             own.trainer.run(folder, own.initial(seed), own.rows(seed), seed)
         if Timing.read(config.out / name) is None:
             measured(own.stopwatch(), alone.stopwatch()).write(config.out / name)
@@ -75,14 +70,6 @@ def _teacher(prepared: Prepared) -> Adapted:
     prepared.tokens.write(folder / TOKENIZER)
     weights.save(folder, prepared.setup.teacher, teacher.params)
     return teacher
-
-
-def _pending(config: Config, name: str) -> list[int]:
-    return [
-        seed
-        for seed in range(config.seeds)
-        if Result.read(config.out / name / f"seed-{seed}") is None
-    ]
 
 
 def _report(prepared: Prepared, seconds: float) -> None:

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.jobs import comparison
 from experiments.jobs.curves import records, series
 from experiments.jobs.timing import Timing
 from experiments.jobs.trainings import Result
@@ -87,20 +88,10 @@ class Results(NamedTuple):
 
 def read(out: Path, methods: Sequence[str], seeds: int) -> Results:
     """Reads the results of all runs, which must be finished."""
-    teacher = Result.read(out / "teacher")
-    assert teacher is not None, out
-    runs, timings = {}, {}
-    for name in methods:
-        runs[name] = [_run(out / name / f"seed-{seed}") for seed in range(seeds)]
-        timing = Timing.read(out / name)
-        assert timing is not None, name
-        timings[name] = timing
-    return Results(teacher, runs, timings)
+    return Results(*comparison.finished(out, methods, seeds, _run))
 
 
-def _run(folder: Path) -> Run:
-    result = Result.read(folder)
-    assert result is not None, folder
+def _run(folder: Path, result: Result) -> Run:
     return Run(result, min(record["bits"] for record in records(folder, "eval")))
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import tyro
 
-from experiments.jobs import command
+from experiments.jobs import command, comparison
 from experiments.jobs.evaluation import Evaluator
 from experiments.jobs.networks import trained
-from experiments.jobs.timing import Timing, measured
+from experiments.jobs.timing import measured
 from experiments.jobs.trainings import Result, Trainer
 from experiments.vision import report
 from experiments.vision.config import Config
@@ -58,13 +57,8 @@ def _teacher(prepared: Prepared) -> Adapted:
 def _train(prepared: Prepared) -> None:
     """Trains and times what is not finished."""
     config, job = prepared.config, prepared.job
-    pending = {name: _pending(config, name) for name in prepared.methods}
-    unfinished = [
-        name
-        for name, seeds in pending.items()
-        if seeds or Timing.read(config.out / name) is None
-    ]
-    if not unfinished and Result.read(config.out / "teacher") is not None:
+    pending = comparison.pending(config.out, prepared.methods, config.seeds)
+    if not pending and Result.read(config.out / "teacher") is not None:
         job.console.print(f"All runs in {config.out} are finished.")
         return
     teacher = _teacher(prepared)
@@ -89,30 +83,19 @@ def _train(prepared: Prepared) -> None:
 
     alone = trainer(ALONE)
     number, total = 0, sum(map(len, pending.values()))
-    for name in unfinished:
+    for name, seeds in pending.items():
         own = alone if name == ALONE else trainer(name)
-        for seed in pending[name]:
+        for seed in seeds:
             number += 1
             job.console.print(f"student {number} of {total}: {name}, seed {seed}")
             student = prepared.network(config.student, seed).adapted
             images = learnt_from(config, prepared.images, seed)
-            own.run(_folder(config, name, seed), student, images, seed)
+            folder = comparison.folder_of(config.out, name, seed)
+            own.run(folder, student, images, seed)
         images = learnt_from(config, prepared.images, seed=0)
         sides = (each.stopwatch(net, images, _STEPS_TIMED) for each in (own, alone))
         measured(*sides).write(config.out / name)
         job.sigterm.check()
-
-
-def _pending(config: Config, name: str) -> list[int]:
-    return [
-        seed
-        for seed in range(config.seeds)
-        if Result.read(_folder(config, name, seed)) is None
-    ]
-
-
-def _folder(config: Config, name: str, seed: int) -> Path:
-    return config.out / name / f"seed-{seed}"
 
 
 def _report(prepared: Prepared, seconds: float) -> None:
