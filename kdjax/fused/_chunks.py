@@ -15,6 +15,9 @@ from jax.sharding import PartitionSpec
 from kdjax.losses._rows import wide_dtype
 from kdjax.types import LinearHead, PyTree
 
+SUMMED_BYTES = 2**26
+"""Of a gradient that are summed over devices at a time: 64 MiB."""
+
 
 class Plan(NamedTuple):
     """How tokens are gone through.
@@ -87,12 +90,31 @@ def _everywhere(plan: Plan, differentiate: bool, *inputs: Any) -> Any:
         sums, gradient = _over_chunks(plan, differentiate, *inputs)
         if gradient is None:
             return jax.lax.psum(sums, plan.axes), None
-        sums, head = jax.lax.psum((sums, gradient.head), plan.axes)
-        return sums, gradient._replace(head=head)
+        head = {name: _summed(by, plan.axes) for name, by in gradient.head.items()}
+        return jax.lax.psum(sums, plan.axes), gradient._replace(head=head)
 
     split, whole = _specs(plan.axes)
     gradient = Gradient(split, whole) if differentiate else None
     return _spread(on_device, plan.axes, (whole, gradient), inputs)
+
+
+def _summed(array: Array, axes: tuple[str, ...]) -> Array:
+    """Its sum over devices, a block of rows after the other.
+
+    The sum of a whole kernel's gradient would take its memory once more.
+    """
+    rows = array.shape[0] if array.ndim > 1 else 1
+    most = max(1, SUMMED_BYTES * rows // array.nbytes)
+    if rows <= most:
+        return jax.lax.psum(array, axes)
+    size = max(n for n in range(1, most + 1) if rows % n == 0)
+
+    def sum_block(index: Array, array: Array) -> Array:
+        block = jax.lax.dynamic_slice_in_dim(array, index * size, size)
+        block = jax.lax.psum(block, axes)
+        return jax.lax.dynamic_update_slice_in_dim(array, block, index * size, 0)
+
+    return jax.lax.fori_loop(0, rows // size, sum_block, array)
 
 
 def _specs(axes: tuple[str, ...]) -> tuple[Any, Any]:

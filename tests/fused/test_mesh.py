@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.benchmarks import forms, linear_head, traffic
 from kdjax import fused, losses, make_train_step, models, objectives, teachers
+from kdjax.fused import _chunks
 from kdjax.fused._tokens import Rows
 from kdjax.train import init_state, make_mesh, place, place_step
 from kdjax.types import LinearHead
@@ -91,6 +92,18 @@ def test_tokens_that_devices_do_not_divide():
     run = heads.with_gradient(heads.chunked, LOSS)
     with jax.set_mesh(mesh_of(data=8)):
         heads.assert_close(jax.jit(run)(*given), dense)
+
+
+@pytest.mark.parametrize("size", [1, 70], ids=["rows", "blocks that divide"])
+def test_kernels_gradient_is_summed_block_by_block(size, monkeypatch):
+    # 4 rows of 32 bytes: of 70 bytes two fit.
+    monkeypatch.setattr(_chunks, "SUMMED_BYTES", size)
+    given = STUDENT, (TEACHER, LABELS), heads.mask(BATCH)
+    run = jax.jit(heads.with_gradient(heads.chunked, LOSS))
+    with jax.set_mesh(mesh_of(data=4)):
+        text = run.lower(*given).as_text()
+        heads.assert_close(run(*given), expected())
+    assert f"tensor<{max(1, size // 32)}x8xf32>" in text
 
 
 def test_outside_of_jit():
