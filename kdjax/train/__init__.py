@@ -2,19 +2,23 @@
 
 from kdjax.train.evaluation import evaluate, make_eval_step
 from kdjax.train.loop import FitResult, fit
-from kdjax.train.sharding import make_mesh, place, place_step
+from kdjax.train.rules import largest_axes, shardings
+from kdjax.train.sharding import batch_axes, make_mesh, place, place_step
 from kdjax.train.state import DistillState, init_state
 from kdjax.train.step import make_train_step
 
 __all__ = [
     "DistillState",
     "FitResult",
+    "batch_axes",
     "evaluate",
     "fit",
     "init_state",
+    "largest_axes",
     "make_eval_step",
     "make_mesh",
     "make_train_step",
     "place",
     "place_step",
+    "shardings",
 ]

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kdjax.fused import TOKEN_AXES
+from kdjax.train.rules import Rules, fitting, shardings
 from kdjax.train.state import DistillState
 from kdjax.types import Batch, Mean, PyTree
-
-Rules: TypeAlias = Sequence[tuple[str, PartitionSpec]]
-"""Pairs of a pattern and how arrays are split whose path it matches."""
 
 
 def make_mesh(axes: Mapping[str, int] | None = None) -> Mesh:
@@ -50,46 +48,9 @@ def make_mesh(axes: Mapping[str, int] | None = None) -> Mesh:
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
 
 
-def shardings(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
-    """How every array of a tree is split: by the first rule that matches its path.
-
-    Args:
-      tree: arrays, or ``jax.ShapeDtypeStruct``.
-      mesh: from :func:`make_mesh`.
-      rules: pairs of a regular expression, searched for in paths such as
-        ``params/student/dense/kernel``, and a ``PartitionSpec``. What none of them
-        matches is replicated.
-
-    Returns:
-      The tree with a ``NamedSharding`` per array.
-
-    Raises:
-      ValueError: a rule does not fit an array that it matches.
-    """
-
-    def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, spec in rules:
-            if re.search(pattern, name):
-                try:
-                    return _fitting(mesh, spec, np.shape(leaf))
-                except ValueError as error:
-                    raise ValueError(
-                        f"rules: {pattern!r} -> {spec} does not fit {name} of shape "
-                        f"{np.shape(leaf)} on {dict(mesh.shape)}: {error}"
-                    ) from error
-        return NamedSharding(mesh, PartitionSpec())
-
-    return jax.tree_util.tree_map_with_path(of, tree)
-
-
-def _fitting(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding, if an array of this shape can be split so."""
-    sharding = NamedSharding(mesh, spec)
-    if len(spec) > len(shape):
-        raise ValueError(f"{len(spec)} axes to split, and the array has {len(shape)}.")
-    sharding.shard_shape(shape)
-    return sharding
+def batch_axes(mesh: Mesh) -> PartitionSpec:
+    """The first axis of a batch over the axes ``data`` and ``fsdp`` of the mesh."""
+    return PartitionSpec(tuple(axis for axis in TOKEN_AXES if axis in mesh.axis_names))
 
 
 def place(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
@@ -107,7 +68,7 @@ def place_step(
     *,
     state: DistillState,
     frozen: PyTree,
-    batch: PartitionSpec | Mapping[str, PartitionSpec] = PartitionSpec("data"),
+    batch: PartitionSpec | Mapping[str, PartitionSpec] | None = None,
     rules: Rules = (),
     teacher_rules: Rules = (),
     donate: bool = True,
@@ -120,8 +81,9 @@ def place_step(
       state: the state or its shapes; put the real one onto the mesh with
         ``place(state, mesh, rules)``.
       frozen: the teacher's arrays or their shapes; likewise, with ``teacher_rules``.
-      batch: how batches are split, one spec for all entries or one for each.
-      rules: how the state is split; replicated by default.
+      batch: how batches are split, one spec for all entries or one for each; by
+        default their first axis over :func:`batch_axes`.
+      rules: how the state is split, see :func:`shardings`; replicated by default.
       teacher_rules: how the teacher is split; replicated by default.
       donate: reuse the memory of the old state for the new one.
 
@@ -133,6 +95,7 @@ def place_step(
       ValueError: a rule does not fit its array, or (when called) the mesh does not
         divide the batch.
     """
+    batch = batch_axes(mesh) if batch is None else batch
     replicated = NamedSharding(mesh, PartitionSpec())
     state_shardings = shardings(state, mesh, rules)
 
@@ -172,15 +135,15 @@ def _spread(
 ) -> dict[str, Any]:
     """Puts a batch from the host onto the mesh, all of its entries at once."""
 
-    def fitting(name: str, array: Any) -> NamedSharding:
+    def target(name: str, array: Any) -> NamedSharding:
         try:
             if jax.process_count() == 1:
-                return _fitting(mesh, specs[name], np.shape(array))
+                return fitting(mesh, specs[name], np.shape(array))
             return NamedSharding(mesh, specs[name])
         except ValueError as error:
             raise _does_not_fit(name, array, specs[name], mesh) from error
 
-    targets = {name: fitting(name, array) for name, array in batch.items()}
+    targets = {name: target(name, array) for name, array in batch.items()}
     if jax.process_count() == 1:
         return jax.device_put(dict(batch), targets)
 
