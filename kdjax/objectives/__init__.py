@@ -27,6 +27,7 @@ from kdjax.objectives._memory import contrastive_memory
 from kdjax.objectives._next_token import next_token
 from kdjax.objectives._relations import relations
 from kdjax.objectives._review import review
+from kdjax.objectives._whole_batch import over_whole_batch, split_over
 
 __all__ = [
     "attention",
@@ -41,11 +42,13 @@ __all__ = [
     "mixed_labels",
     "monitor",
     "next_token",
+    "over_whole_batch",
     "projectors",
     "relations",
     "review",
     "self_attention_relation",
     "soft_labels",
+    "split_over",
     "uniform_layers",
     "variational_information",
 ]

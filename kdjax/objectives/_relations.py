@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kdjax.objectives._terms import MASK, counted, feature, settings, single
+from kdjax.objectives._whole_batch import over_whole_batch
 from kdjax.objectives.projectors import Projector, identity
 from kdjax.types import Batch, Mean, Objective, Outputs, PyTree, Scheduled
 
@@ -29,8 +30,8 @@ def relations(
     """A loss that relates the examples of a batch to each other.
 
     Such a loss takes the mask itself (:func:`kdjax.losses.relational_distance`,
-    say). On a mesh it sees the whole batch; under accumulation it sees one
-    micro-batch at a time.
+    say). It sees the batch of all devices, under ``jit`` on a mesh, ``shard_map`` and
+    ``pmap`` alike; under accumulation it sees one micro-batch at a time.
 
     Args:
       loss: ``loss(student, teacher, where=mask, **hyperparameters)``; all values it
@@ -81,13 +82,13 @@ def relations(
         params: PyTree, student: Outputs, teacher: Outputs, batch: Batch, step: Array
     ) -> Mean:
         ours, theirs = both(student, teacher)
-        values = loss(
+        numbers = settings(hyperparameters, step)
+        return over_whole_batch(
+            lambda ours, theirs, mask: loss(ours, theirs, where=mask, **numbers),
             chosen.apply(params.get("projector", {}), ours),
             theirs,
-            where=counted(batch, where, ours.shape[:1], None),
-            **settings(hyperparameters, step),
+            counted(batch, where, ours.shape[:1], None),
         )
-        return Mean.of(values)
 
     return single(name, weight, compute, init)
 

@@ -2,6 +2,7 @@
 
 from kdjax.train.evaluation import evaluate, make_eval_step
 from kdjax.train.loop import FitResult, fit
+from kdjax.train.mapped import pmap_step, shard_map_step
 from kdjax.train.rules import largest_axes, shardings
 from kdjax.train.sharding import batch_axes, make_mesh, place, place_step
 from kdjax.train.state import DistillState, init_state
@@ -20,5 +21,7 @@ __all__ = [
     "make_train_step",
     "place",
     "place_step",
+    "pmap_step",
+    "shard_map_step",
     "shardings",
 ]

@@ -95,19 +95,8 @@ def place_step(
       ValueError: a rule does not fit its array, or (when called) the mesh does not
         divide the batch.
     """
-    batch = batch_axes(mesh) if batch is None else batch
     replicated = NamedSharding(mesh, PartitionSpec())
     state_shardings = shardings(state, mesh, rules)
-
-    def by_entry(given: Batch) -> Mapping[str, PartitionSpec]:
-        specs = batch if isinstance(batch, Mapping) else dict.fromkeys(given, batch)
-        missing = sorted(set(given) - set(specs))
-        if missing:
-            raise ValueError(
-                f"batch: place_step got specs for {sorted(specs)}, but the batch also "
-                f"has {missing}; give each entry its own, or one spec for all."
-            )
-        return specs
 
     @functools.wraps(step)
     def on_mesh(*inputs: Any) -> tuple[DistillState, dict[str, Mean]]:
@@ -123,11 +112,28 @@ def place_step(
     )
 
     def placed(
-        state: DistillState, frozen: PyTree, batch: Batch
+        state: DistillState, frozen: PyTree, given: Batch
     ) -> tuple[DistillState, dict[str, Mean]]:
-        return compiled(state, frozen, _spread(batch, mesh, by_entry(batch)))
+        return compiled(
+            state, frozen, _spread(given, mesh, batch_specs(batch, mesh, given))
+        )
 
     return placed
+
+
+def batch_specs(
+    batch: PartitionSpec | Mapping[str, PartitionSpec] | None, mesh: Mesh, given: Batch
+) -> Mapping[str, PartitionSpec]:
+    """How every entry of a batch is split, from what ``place_step`` was told."""
+    if not isinstance(batch, Mapping):
+        return dict.fromkeys(given, batch_axes(mesh) if batch is None else batch)
+    missing = sorted(set(given) - set(batch))
+    if missing:
+        raise ValueError(
+            f"batch: place_step got specs for {sorted(batch)}, but the batch also "
+            f"has {missing}; give each entry its own, or one spec for all."
+        )
+    return batch
 
 
 def _spread(

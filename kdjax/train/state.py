@@ -47,6 +47,7 @@ def init_state(
     frozen: PyTree,
     batch: Batch,
     rng: Array,
+    axis_name: str | None = None,
 ) -> DistillState:
     """Makes the state that a run starts from.
 
@@ -59,6 +60,7 @@ def init_state(
       frozen: the teacher's arrays.
       batch: any batch of the right shapes, for shapes only; nothing is computed.
       rng: base key of the run, from ``jax.random.key``.
+      axis_name: as given to :func:`make_train_step`.
 
     Returns:
       The state at step 0.
@@ -86,6 +88,9 @@ def init_state(
         shown, _ = student.model.apply(params, model_state, batch, rng=rng, train=True)
         return shown, teacher.outputs(frozen, teacher_state, batch)
 
+    if axis_name is not None:
+        # Layers that look across devices must find the axis, of whatever size.
+        outputs = jax.vmap(outputs, None, None, axis_name=axis_name, axis_size=1)
     student_spec, teacher_spec = jax.eval_shape(
         outputs, params, model_state, teacher_state, frozen, dict(batch), rng
     )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from kdjax.objectives import split_over
 from kdjax.train.state import DistillState
 from kdjax.types import Batch, Mean, Model, Objective, PyTree, Teacher, Term
 
@@ -41,7 +42,8 @@ def make_train_step(
         save memory. Averages are over the whole batch, whatever the masks: the result
         is that of one big batch, but for layers that look across examples.
       axis_name: axis of ``shard_map`` or ``pmap`` to sum over, if the step runs under
-        one; under ``jit`` on a mesh nothing is needed.
+        one, as of :func:`~kdjax.train.shard_map_step`; under ``jit`` on a mesh nothing
+        is needed.
 
     Returns:
       ``step(state, frozen, batch) -> (state, metrics)``. Metrics are the objective's
@@ -69,7 +71,7 @@ def make_train_step(
     if accumulate < 1:
         raise ValueError(f"accumulate: got {accumulate}, expected at least 1.")
 
-    run = _Forward(student, teacher, objective)
+    run = _Forward(student, teacher, objective, axis_name)
 
     def step(
         state: DistillState, frozen: PyTree, batch: Batch
@@ -134,6 +136,7 @@ class _Forward(NamedTuple):
     student: Model
     teacher: Teacher
     objective: Objective
+    axis_name: str | None
 
     def __call__(
         self,
@@ -148,14 +151,15 @@ class _Forward(NamedTuple):
             params["student"], moved.model_state, batch, rng=rng, train=True
         )
         target = self.teacher.outputs(frozen, state.teacher_state, batch)
-        terms, objective_state = self.objective.apply(
-            params["objective"],
-            moved.objective_state,
-            shown,
-            target,
-            batch,
-            state.step,
-        )
+        with split_over(self.axis_name):
+            terms, objective_state = self.objective.apply(
+                params["objective"],
+                moved.objective_state,
+                shown,
+                target,
+                batch,
+                state.step,
+            )
         return terms, _Moved(model_state, objective_state)
 
 

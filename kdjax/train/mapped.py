@@ -1,0 +1,153 @@
+"""The step by hand: every device runs it on its own part of the batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from kdjax.train.rules import Rules
+from kdjax.train.sharding import batch_specs, place_step
+from kdjax.train.state import DistillState
+from kdjax.types import Batch, Mean, PyTree
+
+Step: TypeAlias = Callable[
+    [DistillState, PyTree, Batch], tuple[DistillState, dict[str, Mean]]
+]
+
+
+def shard_map_step(
+    step: Step,
+    mesh: Mesh,
+    *,
+    state: DistillState,
+    frozen: PyTree,
+    axis_name: str = "data",
+    batch: PartitionSpec | Mapping[str, PartitionSpec] | None = None,
+    rules: Rules = (),
+    teacher_rules: Rules = (),
+    donate: bool = True,
+) -> Step:
+    """Compiles a step that sums over an axis of a mesh by itself.
+
+    The other axes of the mesh are left to the compiler, as by ``place_step``: the state
+    may be split over them by rules. What rules split over ``axis_name`` is gathered
+    before the step and split again after it.
+
+    Args:
+      step: from :func:`~kdjax.make_train_step`, with the same ``axis_name``.
+      mesh: from :func:`~kdjax.train.make_mesh`.
+      state: as for :func:`~kdjax.train.place_step`.
+      frozen: likewise.
+      axis_name: of the mesh, over which ``shard_map`` splits the batch.
+      batch: as for :func:`~kdjax.train.place_step`.
+      rules: likewise.
+      teacher_rules: likewise.
+      donate: likewise.
+
+    Returns:
+      ``step(state, frozen, batch)``, with the numbers of ``place_step``.
+
+    Raises:
+      ValueError: the mesh has no such axis, or as ``place_step`` raises it.
+    """
+    if axis_name not in mesh.axis_names:
+        raise ValueError(
+            f"axis_name: got {axis_name!r}, but the mesh has {mesh.axis_names}; "
+            "expected one of them."
+        )
+
+    def here(spec: PartitionSpec) -> PartitionSpec:
+        """The part of a spec that is not left to the compiler."""
+        names = (entry if isinstance(entry, tuple) else (entry,) for entry in spec)
+        return PartitionSpec(*(axis_name if axis_name in of else None for of in names))
+
+    @functools.wraps(step)
+    def mapped(
+        state: DistillState, frozen: PyTree, given: Batch
+    ) -> tuple[DistillState, dict[str, Mean]]:
+        whole = PartitionSpec()
+        specs = batch_specs(batch, mesh, given)
+        split = {name: here(specs[name]) for name in given}
+        # The check would sum gradients of what is the same everywhere on its own, and
+        # the step sums them too.
+        run = jax.shard_map(
+            step,
+            in_specs=(whole, whole, split),
+            out_specs=(whole, whole),
+            axis_names={axis_name},
+            check_vma=False,
+        )
+        return run(state, frozen, given)
+
+    return place_step(
+        mapped,
+        mesh,
+        state=state,
+        frozen=frozen,
+        batch=batch,
+        rules=rules,
+        teacher_rules=teacher_rules,
+        donate=donate,
+    )
+
+
+def pmap_step(
+    step: Step,
+    *,
+    axis_name: str = "data",
+    devices: Sequence[jax.Device] | None = None,
+    donate: bool = True,
+) -> Step:
+    """Compiles a step with ``jax.pmap``: everything is on every device but the batch.
+
+    States are as for every other form of the step, without an axis of devices.
+
+    Args:
+      step: from :func:`~kdjax.make_train_step`, with the same ``axis_name``.
+      axis_name: what ``pmap`` calls its axis.
+      devices: of all processes; all there are by default.
+      donate: reuse the memory of the old state for the new one.
+
+    Returns:
+      ``step(state, frozen, batch)`` for batches from the host, in which each process
+      has the examples of its own devices.
+
+    Raises:
+      ValueError: (when called) the devices do not divide the batch.
+    """
+    mapped = jax.pmap(
+        step,
+        axis_name=axis_name,
+        in_axes=(None, None, 0),
+        out_axes=(None, None),
+        devices=devices,
+        donate_argnums=(0,) if donate else (),
+    )
+    everywhere = jax.devices() if devices is None else devices
+    own = [each for each in everywhere if each.process_index == jax.process_index()]
+    mesh = Mesh(np.asarray(own), (axis_name,), axis_types=(AxisType.Auto,))
+    target = NamedSharding(mesh, PartitionSpec(axis_name))
+
+    def run(
+        state: DistillState, frozen: PyTree, batch: Batch
+    ) -> tuple[DistillState, dict[str, Mean]]:
+        parts = {name: _parts(name, array, len(own)) for name, array in batch.items()}
+        return mapped(state, frozen, jax.device_put(parts, target))
+
+    return run
+
+
+def _parts(name: str, array: Any, devices: int) -> Any:
+    """The examples of each device, along a new first axis."""
+    shape = np.shape(array)
+    if not shape or shape[0] % devices:
+        raise ValueError(
+            f"batch: {name!r} of shape {shape} cannot be split over {devices} devices; "
+            "choose a batch size that they divide, or fill the batch up and mask."
+        )
+    return array.reshape(devices, -1, *shape[1:])
