@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from kdjax import micro_batches
 from kdjax.types import (
     Adapted,
     Batch,
@@ -117,6 +118,43 @@ def cached(
         return Outputs(targets(batch))
 
     return _still(outputs), {}
+
+
+def micro_batched(teacher: Teacher, parts: int) -> Teacher:
+    """The same teacher, whose forward pass runs over micro-batches of its own.
+
+    It saves memory where the teacher's activations, and not the student's, are what
+    does not fit. Outputs are those of the whole batch, in its order.
+
+    Args:
+      teacher: any.
+      parts: how many micro-batches; they divide the batch that the teacher gets, which
+        under accumulation is a micro-batch of the step.
+
+    Returns:
+      A teacher with the same state and arrays.
+
+    Raises:
+      ValueError: ``parts`` is below 1 or (when traced) does not divide the batch, or an
+        output has the examples along several axes.
+
+    Example:
+      >>> from kdjax import models
+      >>> net = models.from_apply(lambda w, batch: batch["x"] @ w, jnp.ones((4, 3)))
+      >>> teacher, arrays = frozen(net)
+      >>> micro_batched(teacher, 2).outputs(arrays, (), {"x": jnp.eye(4)}).logits.shape
+      (4, 3)
+    """
+    if parts < 1:
+        raise ValueError(f"parts: got {parts}, expected at least 1.")
+
+    def outputs(frozen: PyTree, teacher_state: PyTree, batch: Batch) -> Outputs:
+        def of(micro: Batch) -> Outputs:
+            return teacher.outputs(frozen, teacher_state, micro)
+
+        return micro_batches.mapped(of, batch, parts, "parts")
+
+    return teacher._replace(outputs=outputs)
 
 
 def _still(outputs: Callable[..., Outputs]) -> Teacher:

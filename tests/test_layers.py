@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "types": 0,
     "losses": 1,
+    "micro_batches": 1,
     "fused": 2,
     "objectives": 3,
     "teachers": 3,

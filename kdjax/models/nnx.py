@@ -123,4 +123,6 @@ def _reseeded(streams: PyTree, rng: Array | None) -> PyTree:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             own = jax.random.fold_in(rng, index)
             leaves[index] = jax.random.split(own, leaf.shape)
+        else:  # how many keys were drawn from it; of shapes, that is not known
+            leaves[index] = jnp.zeros(leaf.shape, leaf.dtype)
     return jax.tree.unflatten(structure, leaves)

@@ -4,7 +4,7 @@ from kdjax.train.evaluation import evaluate, make_eval_step
 from kdjax.train.loop import FitResult, fit
 from kdjax.train.mapped import pmap_step, shard_map_step
 from kdjax.train.rules import largest_axes, shardings
-from kdjax.train.sharding import batch_axes, make_mesh, place, place_step
+from kdjax.train.sharding import batch_axes, make_mesh, make_placed, place, place_step
 from kdjax.train.state import DistillState, init_state
 from kdjax.train.step import make_train_step
 
@@ -18,6 +18,7 @@ __all__ = [
     "largest_axes",
     "make_eval_step",
     "make_mesh",
+    "make_placed",
     "make_train_step",
     "place",
     "place_step",

@@ -30,6 +30,7 @@ def shard_map_step(
     batch: PartitionSpec | Mapping[str, PartitionSpec] | None = None,
     rules: Rules = (),
     teacher_rules: Rules = (),
+    teacher_memory_kind: str | None = None,
     donate: bool = True,
 ) -> Step:
     """Compiles a step that sums over an axis of a mesh by itself.
@@ -47,6 +48,7 @@ def shard_map_step(
       batch: as for :func:`~kdjax.train.place_step`.
       rules: likewise.
       teacher_rules: likewise.
+      teacher_memory_kind: likewise.
       donate: likewise.
 
     Returns:
@@ -92,6 +94,7 @@ def shard_map_step(
         batch=batch,
         rules=rules,
         teacher_rules=teacher_rules,
+        teacher_memory_kind=teacher_memory_kind,
         donate=donate,
     )
 

@@ -53,13 +53,73 @@ def batch_axes(mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(tuple(axis for axis in TOKEN_AXES if axis in mesh.axis_names))
 
 
-def place(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
+def place(
+    tree: PyTree, mesh: Mesh, rules: Rules = (), *, memory_kind: str | None = None
+) -> PyTree:
     """Puts the arrays of a tree onto a mesh, as :func:`shardings` says.
 
     What lies there already is not copied, to save memory: once a step has donated the
     placed tree, the tree that it came from is gone too, in part or as a whole.
+
+    Args:
+      tree: arrays.
+      mesh: from :func:`make_mesh`.
+      rules: as for :func:`shardings`.
+      memory_kind: of the devices, such as ``"pinned_host"`` for a teacher that a step
+        fetches; ``None`` is their own memory.
+
+    Returns:
+      The tree of arrays on the mesh.
+
+    Raises:
+      ValueError: as from :func:`shardings`, or the devices have no such memory.
     """
-    return jax.device_put(tree, shardings(tree, mesh, rules))
+    return jax.device_put(tree, _in_memory(tree, mesh, rules, memory_kind))
+
+
+def make_placed(make: Callable[[], PyTree], mesh: Mesh, rules: Rules = ()) -> PyTree:
+    """Makes arrays where they belong: none is ever whole on one device or host.
+
+    Args:
+      make: traced, such as ``lambda: init_state(make_net(), ...)``; what it closes over
+        and computes with is whole on every device.
+      mesh: from :func:`make_mesh`.
+      rules: as for :func:`shardings`.
+
+    Returns:
+      What ``make`` returns, on the mesh, with the numbers of ``jax.jit(make)()``.
+
+    Raises:
+      ValueError: as from :func:`shardings`.
+
+    Example:
+      >>> mesh = make_mesh()
+      >>> rows = 4 * jax.device_count()
+      >>> def make():
+      ...     return {"kernel": jax.random.normal(jax.random.key(0), (rows, 8))}
+      >>> made = make_placed(make, mesh, [("kernel", PartitionSpec("data"))])
+      >>> made["kernel"].addressable_shards[0].data.shape
+      (4, 8)
+    """
+    targets = shardings(jax.eval_shape(make), mesh, rules)
+    return jax.jit(make, out_shardings=targets)()
+
+
+def _in_memory(
+    tree: PyTree, mesh: Mesh, rules: Rules, memory_kind: str | None
+) -> PyTree:
+    """The shardings of a tree in a memory of the devices."""
+    found = shardings(tree, mesh, rules)
+    if memory_kind is None:
+        return found
+    device = mesh.local_devices[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if memory_kind not in kinds:
+        raise ValueError(
+            f"memory_kind: got {memory_kind!r}, which devices such as {device} do not "
+            f"have; they have {kinds}. Leave it out."
+        )
+    return jax.tree.map(lambda each: each.with_memory_kind(memory_kind), found)
 
 
 def place_step(
@@ -71,6 +131,7 @@ def place_step(
     batch: PartitionSpec | Mapping[str, PartitionSpec] | None = None,
     rules: Rules = (),
     teacher_rules: Rules = (),
+    teacher_memory_kind: str | None = None,
     donate: bool = True,
 ) -> Callable[[DistillState, PyTree, Batch], tuple[DistillState, dict[str, Mean]]]:
     """Compiles a step for a mesh.
@@ -85,6 +146,8 @@ def place_step(
         default their first axis over :func:`batch_axes`.
       rules: how the state is split, see :func:`shardings`; replicated by default.
       teacher_rules: how the teacher is split; replicated by default.
+      teacher_memory_kind: where the teacher lies between steps, as for :func:`place`:
+        from ``"pinned_host"``, each step fetches its arrays to the devices.
       donate: reuse the memory of the old state for the new one.
 
     Returns:
@@ -92,21 +155,27 @@ def place_step(
       replicated metrics.
 
     Raises:
-      ValueError: a rule does not fit its array, or (when called) the mesh does not
-        divide the batch.
+      ValueError: a rule does not fit its array or matches none, the devices have no
+        such memory, or (when called) the mesh does not divide the batch.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     state_shardings = shardings(state, mesh, rules)
+    at_work = shardings(frozen, mesh, teacher_rules)
+    at_rest = _in_memory(frozen, mesh, teacher_rules, teacher_memory_kind)
 
     @functools.wraps(step)
-    def on_mesh(*inputs: Any) -> tuple[DistillState, dict[str, Mean]]:
+    def on_mesh(
+        state: DistillState, frozen: PyTree, given: Batch
+    ) -> tuple[DistillState, dict[str, Mean]]:
+        if teacher_memory_kind is not None:
+            frozen = jax.device_put(frozen, at_work)
         # What the step calls can ask for the mesh, as kdjax.fused does.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return step(*inputs)
+            return step(state, frozen, given)
 
     compiled = jax.jit(
         on_mesh,
-        in_shardings=(state_shardings, shardings(frozen, mesh, teacher_rules), None),
+        in_shardings=(state_shardings, at_rest, None),
         out_shardings=(state_shardings, replicated),
         donate_argnums=(0,) if donate else (),
     )

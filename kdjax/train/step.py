@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from kdjax.micro_batches import split
 from kdjax.objectives import split_over
 from kdjax.train.state import DistillState
 from kdjax.types import Batch, Mean, Model, Objective, PyTree, Teacher, Term
@@ -195,7 +196,7 @@ def _gradient(
         total, moved = sums(moved, dict(batch), rng, None)
         return everywhere(total), _averaged(moved, axis_name)
 
-    micros = _split(batch, accumulate)
+    micros = split(batch, accumulate, "accumulate")
     rngs = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(accumulate))
 
     # The gradient is divided by how much counts in the whole batch, which must be
@@ -241,24 +242,6 @@ def _weighted(terms: dict[str, Term], counts: dict[str, Array]) -> Array:
 
 def _is_diagnostic(term: Term) -> bool:
     return isinstance(term.weight, (int, float)) and term.weight == 0
-
-
-def _split(batch: Batch, parts: int) -> dict[str, Array]:
-    """Micro-batches along a new first axis.
-
-    Each takes every n-th example, so that under a sharded batch every device has its
-    share of each of them.
-    """
-    for name, array in batch.items():
-        if array.shape[0] % parts:
-            raise ValueError(
-                f"accumulate: got {parts}, which does not divide the {array.shape[0]} "
-                f"examples of {name!r}."
-            )
-    return {
-        name: array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
-        for name, array in batch.items()
-    }
 
 
 def _averaged(moved: _Moved, axis_name: str | None) -> _Moved:

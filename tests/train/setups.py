@@ -85,13 +85,23 @@ def objective():
     )
 
 
-def training(net, optimizer=None, *, teacher_net=None, goal=None, **options):
+def training(
+    net,
+    optimizer=None,
+    *,
+    teacher_net=None,
+    teacher_parts=None,
+    goal=None,
+    **options,
+):
     """A state, its frozen teacher and a pure step."""
     optimizer = optimizer or optax.adam(1e-2)
     goal = goal or objective()
     teacher, frozen = teachers.frozen(
         teacher_net or models.from_nnx(Noisy(rngs=nnx.Rngs(7)))
     )
+    if teacher_parts is not None:
+        teacher = teachers.micro_batched(teacher, teacher_parts)
     state = init_state(
         net,
         teacher,
