@@ -7,7 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benchmarks import forms, linear_head, losses, report, step, traffic
+from experiments.benchmarks import (
+    driver,
+    forms,
+    linear_head,
+    losses,
+    report,
+    step,
+    traffic,
+)
 from experiments.benchmarks.inputs import LOSSES, draw
 
 
@@ -37,6 +45,24 @@ def test_both_steps_do_the_same():
         shown.append({name: float(mean.value()) for name, mean in metrics.items()})
     # The same programs up to the order of additions.
     assert shown[0] == pytest.approx(shown[1], rel=1e-5)
+
+
+def test_all_loops_take_the_same_steps():
+    sides = driver.Sides(arrays=9, steps=2)
+    samples = sides.samples(repeats=1)
+    assert {name: len(taken) for name, taken in samples.items()} == {
+        "fit": 1,
+        "placed": 1,
+        "jit": 1,
+    }
+    # One round is not counted.
+    states = sides.states
+    assert {name: int(state.step) for name, state in states.items()} == {
+        "fit": 4,
+        "placed": 4,
+        "jit": 4,
+    }
+    assert len(jax.tree.leaves(states["fit"].opt_state)) == 7
 
 
 def test_sides_are_run_in_turns():
