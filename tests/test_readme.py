@@ -25,7 +25,7 @@ class Net(nnx.Module):
 
 def test_python_blocks_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     scope = {"student_logits": jnp.zeros((2, 3)), "teacher_logits": jnp.eye(2, 3)}
     scope |= {"net": Net(), "teacher_net": from_nnx(Net())}
     scope |= {"student_hidden": jnp.ones((4, 2)), "student_kernel": jnp.eye(2, 3)}
@@ -39,6 +39,7 @@ def test_python_blocks_run(capsys):
     assert scope["per_token"].shape == (2,)
     assert int(scope["mean"].count) == 3
     assert int(scope["state"].step) == 100
+    assert int(scope["sharded"].step) == 1
     assert scope["metrics"]["loss"].value() < 1
 
 

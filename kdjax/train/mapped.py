@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kdjax.train.loop import Step
 from kdjax.train.rules import Rules
 from kdjax.train.sharding import batch_specs, place_step
 from kdjax.train.state import DistillState
 from kdjax.types import Batch, Mean, PyTree
-
-Step: TypeAlias = Callable[
-    [DistillState, PyTree, Batch], tuple[DistillState, dict[str, Mean]]
-]
 
 
 def shard_map_step(
