@@ -52,12 +52,19 @@ def shard_map_step(
       ``step(state, frozen, batch)``, with the numbers of ``place_step``.
 
     Raises:
-      ValueError: the mesh has no such axis, or as ``place_step`` raises it.
+      ValueError: the mesh has no such axis, it has size 1 beside others, or as
+        ``place_step`` raises it.
     """
     if axis_name not in mesh.axis_names:
         raise ValueError(
             f"axis_name: got {axis_name!r}, but the mesh has {mesh.axis_names}; "
             "expected one of them."
+        )
+    if mesh.shape[axis_name] == 1 < mesh.size:
+        # XLA fails on sums over it (jax 0.10.2).
+        raise ValueError(
+            f"axis_name: {axis_name!r} has one part alone on {dict(mesh.shape)}; there "
+            "is nothing to sum over. Use place_step and a step without axis_name."
         )
 
     def here(spec: PartitionSpec) -> PartitionSpec:

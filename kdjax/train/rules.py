@@ -100,15 +100,14 @@ def shardings(tree: PyTree, mesh: Mesh, rules: Rules = ()) -> PyTree:
       (('data',), ())
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(tree)
-    shapes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf)
-        for path, leaf in flat
-    }
-    searched = {name: _searched(name, shapes) for name in shapes}
-    _refuse_unused(rules, searched)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    shapes = [np.shape(leaf) for _, leaf in flat]
+    by_name = dict(zip(names, shapes, strict=True))
+    searched = [_searched(name, by_name) for name in names]
+    _refuse_unused(rules, names, searched)
     found = [
-        _first_match(mesh, rules, name, searched[name], shape)
-        for name, shape in shapes.items()
+        _first_match(mesh, rules, *each)
+        for each in zip(names, searched, shapes, strict=True)
     ]
     return jax.tree.unflatten(structure, found)
 
@@ -127,17 +126,19 @@ def _searched(name: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     return [name.removesuffix(end)]
 
 
-def _refuse_unused(rules: Rules, searched: Mapping[str, Sequence[str]]) -> None:
-    texts = list(itertools.chain.from_iterable(searched.values()))
+def _refuse_unused(
+    rules: Rules, names: Sequence[str], searched: Sequence[Sequence[str]]
+) -> None:
+    texts = list(itertools.chain.from_iterable(searched))
     for pattern, rule in rules:
         # An automatic rule is for what is left, which may be nothing.
         if isinstance(rule, PartitionSpec) and not any(
             re.search(pattern, text) for text in texts
         ):
-            some = ", ".join(list(searched)[:5]) or "none at all"
+            some = ", ".join(names[:5]) or "none at all"
             raise ValueError(
                 f"rules: {pattern!r} -> {rule} matches no path; there are "
-                f"{len(searched)}: {some}{', ...' if len(searched) > 5 else ''}. "
+                f"{len(names)}: {some}{', ...' if len(names) > 5 else ''}. "
                 "Correct the pattern, or leave the rule out."
             )
 

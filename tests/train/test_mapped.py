@@ -101,6 +101,9 @@ def test_refuses_other_axes_and_batches():
     state, frozen, step = training()
     with pytest.raises(ValueError, match=r"axis_name: got 'rows'.* has \('data',\)"):
         shard_map_step(step, MESH, state=state, frozen=frozen, axis_name="rows")
+    narrow = make_mesh({"data": 1, "fsdp": 8})
+    with pytest.raises(ValueError, match=r"axis_name: 'data' has one part .*'fsdp': 8"):
+        shard_map_step(step, narrow, state=state, frozen=frozen)
     placed = fresh()
     match = r"batch: 'x' of shape \(12, 6\) cannot be split over 8 devices"
     with pytest.raises(ValueError, match=match):
