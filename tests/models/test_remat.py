@@ -11,6 +11,7 @@ from tests.train import setups
 POLICIES = jax.checkpoint_policies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [None, POLICIES.dots_saveable])
 def test_training_is_the_same(policy):
     net = models.from_nnx(setups.Noisy(rngs=nnx.Rngs(0)))

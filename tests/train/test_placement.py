@@ -145,6 +145,7 @@ def run(teacher_memory_kind):
     return frozen, (state, metrics)
 
 
+@pytest.mark.slow
 def test_a_teacher_in_the_memory_of_the_host_gives_the_same():
     frozen, got = run("pinned_host")
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(frozen)}
