@@ -264,7 +264,10 @@ def _given(other: Any) -> Any:
     """What a function gets for an argument: logits for a head, else what it is."""
     if not isinstance(other, LinearHead):
         return other
-    return other.finished(_product("nd,dv->nv", other.hidden, other.kernel))
+    # The only head beside the student's. Profiles tell its share by the name, as they
+    # tell the rest of the teacher's.
+    with jax.named_scope("teacher"):
+        return other.finished(_product("nd,dv->nv", other.hidden, other.kernel))
 
 
 def _loss_of(
