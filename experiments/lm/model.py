@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from experiments.lm.placement import by_examples
 from experiments.lm.rotary import RopeScaling, Rotation, frequencies
 from kdjax import LinearHead
 from kdjax.types import PyTree
@@ -272,7 +273,7 @@ class Decoder(nnx.Module):
         places = Places(self._rotation(positions), mask, positions[:, 0])
 
         def layer(x: Array, block: Block) -> Array:
-            return block(x, places, None)[0]
+            return by_examples(block(x, places, None)[0])
 
         if self.config.remat:
             layer = nnx.remat(layer)
@@ -282,7 +283,7 @@ class Decoder(nnx.Module):
             out_axes=nnx.Carry,
             unroll=self.config.unroll,
         )
-        return self._head(scanned(self.embedding(tokens), self.blocks))
+        return self._head(scanned(by_examples(self.embedding(tokens)), self.blocks))
 
     def decode(
         self, tokens: Array, first: Array, caches: Sequence[Cache]

@@ -25,7 +25,12 @@ def soft(setup: Setup) -> Objective:
 
 def _divergence(loss: Callable[..., Array], **hyperparameters: Any) -> Method:
     def method(setup: Setup) -> Recipe:
-        term = soft_labels(loss, temperature=setup.temperature, **hyperparameters)
+        term = soft_labels(
+            loss,
+            temperature=setup.temperature,
+            chunk_size=setup.chunk_size,
+            **hyperparameters,
+        )
         return Recipe(of_data(term))
 
     return method
@@ -33,7 +38,12 @@ def _divergence(loss: Callable[..., Array], **hyperparameters: Any) -> Method:
 
 def _mixed(setup: Setup) -> Recipe:
     loss = functools.partial(losses.knowledge_distillation, alpha=0.5)
-    term = soft_labels(loss, labels="label", temperature=setup.temperature)
+    term = soft_labels(
+        loss,
+        labels="label",
+        temperature=setup.temperature,
+        chunk_size=setup.chunk_size,
+    )
     return Recipe(of_data(term))
 
 

@@ -32,6 +32,8 @@ class Setup(NamedTuple):
       go_on: how models go on with rows of the data.
       byte_pairs: the vocabulary of students that read other tokens than the teacher,
         byte pairs; ``None`` if the teacher's are byte pairs too.
+      chunk_size: tokens on each device that have logits at a time, in methods on the
+        logits of the data's tokens; ``None`` for kdjax' own choice.
     """
 
     student: DecoderConfig
@@ -40,6 +42,7 @@ class Setup(NamedTuple):
     own_share: float
     go_on: Continuation
     byte_pairs: int | None
+    chunk_size: int | None = None
 
 
 class Recipe(NamedTuple):
