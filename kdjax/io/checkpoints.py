@@ -19,13 +19,13 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from kdjax.io._positions import RestorePosition, SavePosition
 from kdjax.train.loop import Batches
 from kdjax.train.state import DistillState
 
@@ -122,7 +122,7 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                data=grain.checkpoint.CheckpointSave(batches),
+                data=SavePosition(batches),
                 progress=ocp.args.JsonSave(dict(progress)),
                 run=ocp.args.JsonSave(run),
                 files=_ChecksumsArgs(),
@@ -133,7 +133,7 @@ class Checkpoints:
     def restore(
         self, state: DistillState, batches: Batches
     ) -> tuple[DistillState, dict[str, Any]] | None:
-        """Restores the newest checkpoint that is whole.
+        """Restores the newest checkpoint that is whole, onto any mesh.
 
         Args:
           state: the template: its structure, shapes, dtypes and shardings.
@@ -160,7 +160,7 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(state),
-                data=grain.checkpoint.CheckpointRestore(batches),
+                data=RestorePosition(batches),
                 progress=ocp.args.JsonRestore(),
             ),
         )
@@ -215,7 +215,7 @@ def _manager(folder: epath.Path, kept: _LastAndBest) -> ocp.CheckpointManager:
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item, *kinds in (
         ("state", ocp.args.StandardSave, ocp.args.StandardRestore),
-        ("data", grain.checkpoint.CheckpointSave, grain.checkpoint.CheckpointRestore),
+        ("data", SavePosition, RestorePosition),
         ("progress", ocp.args.JsonSave, ocp.args.JsonRestore),
         ("run", ocp.args.JsonSave, ocp.args.JsonRestore),
         # Items are finalized in this order: the checksums after all the others.

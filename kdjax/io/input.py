@@ -7,11 +7,17 @@ Python would cost more than a small training step.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import grain
+import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from kdjax.fused import TOKEN_AXES
+from kdjax.train.sharding import batch_axes
 
 HostBatch: TypeAlias = dict[str, np.ndarray]
 """Arrays by name, with the examples along their first axis."""
@@ -53,8 +59,9 @@ def batches(
         batch size augments alike. Flip by ``bits & 1``, shift by
         ``(bits >> 1) % 9``.
       num_classes: refuses labels that are not below it.
-      shard: which part of each batch this process takes; by default its share
-        among JAX's processes. The batches put together don't depend on it.
+      shard: which part of each batch this process takes, see :func:`shard_of`; by
+        default its share among JAX's processes. The batches put together don't depend
+        on it.
 
     Returns:
       An iterator with ``get_state`` and ``set_state`` over dicts of the arrays and
@@ -141,6 +148,42 @@ def padded_batches(
         return batch | {"index": index, "mask": wanted < length}
 
     return _Batches(-(-length // batch_size), load).to_iter_dataset(_NO_THREADS)
+
+
+def shard_of(mesh: Mesh) -> grain.sharding.ShardOptions:
+    """Which part of each batch this process gives to a mesh.
+
+    By default each process has rows of its own. Where a model is split over several
+    processes, those give the same rows; the mesh says which.
+
+    Args:
+      mesh: whose axes ``data`` and ``fsdp`` split batches.
+
+    Returns:
+      What :func:`batches` and :func:`padded_batches` take as ``shard``.
+
+    Raises:
+      ValueError: the rows of this process would not be one part among equal ones; the
+        devices of each process belong side by side in the mesh.
+
+    Example:
+      >>> from kdjax.train import make_mesh
+      >>> shard = shard_of(make_mesh())
+      >>> shard.shard_index, shard.shard_count
+      (0, 1)
+    """
+    parts = NamedSharding(mesh, batch_axes(mesh))
+    count = math.prod(mesh.shape.get(axis, 1) for axis in TOKEN_AXES)
+    placed = parts.devices_indices_map((count,))
+    own = sorted({placed[device][0].start or 0 for device in mesh.local_devices})
+    index, rest = divmod(own[0], len(own))
+    if rest or count % len(own) or own[-1] - own[0] >= len(own):
+        raise ValueError(
+            f"mesh: the devices of process {jax.process_index()} have the parts {own} "
+            f"of {count} of a batch; expected neighbours, as kdjax.train.make_mesh "
+            "places them."
+        )
+    return grain.sharding.ShardOptions(index, count // len(own))
 
 
 class _Batches(grain.MapDataset[HostBatch]):

@@ -4,7 +4,14 @@ from kdjax.train.evaluation import evaluate, make_eval_step
 from kdjax.train.loop import FitResult, fit
 from kdjax.train.mapped import pmap_step, shard_map_step
 from kdjax.train.rules import largest_axes, shardings
-from kdjax.train.sharding import batch_axes, make_mesh, make_placed, place, place_step
+from kdjax.train.sharding import (
+    batch_axes,
+    make_mesh,
+    make_placed,
+    place,
+    place_batch,
+    place_step,
+)
 from kdjax.train.state import DistillState, init_state
 from kdjax.train.step import make_train_step
 
@@ -21,6 +28,7 @@ __all__ = [
     "make_placed",
     "make_train_step",
     "place",
+    "place_batch",
     "place_step",
     "pmap_step",
     "shard_map_step",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import signal
 import threading
@@ -100,8 +101,9 @@ def fit(
     A run that is killed and started again ends with the same arrays and the same
     records as one left alone, bit for bit. On SIGTERM the step at hand is finished
     and saved, then the function returns (in the main thread only, since no other
-    can handle signals). Records are averages over the steps since the last record,
-    without those that were skipped.
+    can handle signals). Of several processes any one may get the signal: all save and
+    return after the same step. Records are averages over the steps since the last
+    record, without those that were skipped.
 
     Args:
       step: compiled, from ``place_step`` or ``jax.jit``; it may donate the state.
@@ -168,13 +170,15 @@ def fit(
                 saver.save(n - 1, state)
                 raise _too_few_batches(n - 1, start, steps)
             state, metrics = step(state, frozen, batch)
-            records.add(n, metrics, examples=len(jax.tree.leaves(batch)[0]))
+            # Each process has its own part of the batch.
+            examples = len(jax.tree.leaves(batch)[0]) * jax.process_count()
+            records.add(n, metrics, examples)
             scores = None
             if evaluate is not None and _due(n, evaluate_every, steps):
                 records.drain()
                 scores = evaluate(state)
                 records.write(n, scores, "eval")
-            stopped = n < steps and interruption.reached(n)
+            stopped = n < steps and interruption.reached()
             if stopped or records.failure or _due(n, checkpoint_every, steps):
                 # Fetching the last metrics, saving may discover a failure itself.
                 saver.save(n, state, scores)
@@ -284,6 +288,10 @@ class _Interruption:
     agrees on one step for all of them to stop at.
     """
 
+    # The service knows of one agreement only, while a job may train many times: it is
+    # told how many steps there have been in this process, which all count alike.
+    _asked = itertools.count(1)
+
     def __enter__(self) -> _Interruption:
         self._requested = False
         self._listens = (
@@ -299,11 +307,11 @@ class _Interruption:
             # None stands for a handler that was not set from Python.
             signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
 
-    def reached(self, n: int) -> bool:
-        """Whether to stop after step ``n``; to be asked at every step."""
+    def reached(self) -> bool:
+        """Whether to stop now; to be asked once after every step."""
         if jax.process_count() == 1:
             return self._requested
-        return multihost_utils.reached_preemption_sync_point(n)
+        return multihost_utils.reached_preemption_sync_point(next(self._asked))
 
     def _request(self, signum: int, frame: object) -> None:
         del signum, frame

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -59,7 +60,8 @@ def place(
     """Puts the arrays of a tree onto a mesh, as :func:`shardings` says.
 
     What lies there already is not copied, to save memory: once a step has donated the
-    placed tree, the tree that it came from is gone too, in part or as a whole.
+    placed tree, the tree that it came from is gone too, in part or as a whole. Of
+    several processes each passes the same arrays, whole.
 
     Args:
       tree: arrays.
@@ -74,7 +76,40 @@ def place(
     Raises:
       ValueError: as from :func:`shardings`, or the devices have no such memory.
     """
-    return jax.device_put(tree, _in_memory(tree, mesh, rules, memory_kind))
+    return jax.tree.map(_put, tree, _in_memory(tree, mesh, rules, memory_kind))
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> Array:
+    if jax.process_count() > 1 and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        # JAX 0.10.2 and 0.12 refuse keys for devices of other processes.
+        data = jax.device_put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    return jax.device_put(leaf, sharding)
+
+
+def place_batch(batch: Batch, mesh: Mesh, spec: PartitionSpec | None = None) -> Batch:
+    """Splits a batch from the host over a mesh, as :func:`place_step` does.
+
+    Args:
+      batch: arrays by name; of several processes each gives its part, see
+        :func:`kdjax.io.input.shard_of`.
+      mesh: from :func:`make_mesh`.
+      spec: how all entries are split; by default :func:`batch_axes`.
+
+    Returns:
+      The whole batch on the mesh, the same in all processes.
+
+    Raises:
+      ValueError: the mesh does not divide the batch.
+
+    Example:
+      >>> mesh = make_mesh()
+      >>> batch = place_batch({"x": np.zeros((2 * mesh.size, 3))}, mesh)
+      >>> batch["x"].addressable_shards[0].data.shape
+      (2, 3)
+    """
+    spec = batch_axes(mesh) if spec is None else spec
+    return _spread(batch, mesh, dict.fromkeys(batch, spec))
 
 
 def make_placed(make: Callable[[], PyTree], mesh: Mesh, rules: Rules = ()) -> PyTree:
