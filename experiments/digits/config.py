@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from experiments.jobs.cluster import Cluster
 from experiments.jobs.settings import check_counts, check_positive, refuse
 
 
@@ -43,6 +44,7 @@ class Config:
     """Steps between two checkpoints; the last step always has one."""
     tensorboard: bool = False
     """Also write TensorBoard events, into each run's folder."""
+    cluster: Cluster = dataclasses.field(default_factory=Cluster)
 
     def __post_init__(self):
         check_counts(
@@ -70,7 +72,7 @@ class Config:
         Args:
           teacher: where the teacher comes from.
         """
-        # More seeds or another folder leave the runs as they are.
-        apart = ("out", "seeds", "tensorboard")
+        # More seeds, hosts or another folder leave the runs as they are.
+        apart = ("out", "seeds", "tensorboard", "cluster")
         own = dataclasses.asdict(self) | {"teacher": teacher}
         return {name: value for name, value in own.items() if name not in apart}

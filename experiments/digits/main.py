@@ -16,12 +16,13 @@ from experiments.digits.config import Config
 from experiments.digits.kinds import KINDS, Kind
 from experiments.digits.model import student_net, teacher_net
 from experiments.jobs import command
+from experiments.jobs.cluster import is_first
 from experiments.jobs.data import Images, Parts, fewest, hide_labels, labelled_only
 from experiments.jobs.evaluation import Evaluator
 from experiments.jobs.interruption import Sigterm
 from experiments.jobs.networks import fingerprint, load_teacher, trained
 from experiments.jobs.settings import claim
-from experiments.jobs.trainings import Job, Length, Result, Trainer
+from experiments.jobs.trainings import Job, Length, Trainer, is_finished
 from kdjax import Adapted, Teacher, losses, metrics, objectives, teachers
 from kdjax.types import PyTree
 
@@ -53,9 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work(prepared: Prepared) -> None:
         worked = _train(prepared)
-        _report(prepared, time.perf_counter() - started if worked else None)
+        if is_first():
+            _report(prepared, time.perf_counter() - started if worked else None)
 
-    return command.run(prepare, work)
+    return command.run(config.cluster, prepare, work)
 
 
 def _prepared(config: Config, console: Console, sigterm: Sigterm) -> Prepared:
@@ -125,9 +127,9 @@ def _train(prepared: Prepared) -> bool:
         (kind, seed)
         for kind in KINDS
         for seed in range(config.seeds)
-        if Result.read(kind.folder(config.out, seed)) is None
+        if not is_finished(kind.folder(config.out, seed))
     ]
-    if not pending and Result.read(config.out / "teacher") is not None:
+    if not pending and is_finished(config.out / "teacher"):
         job.console.print(f"All runs in {config.out} are finished.")
         return False
     net, teacher = student_net(seed=0), teachers.frozen(_teacher(prepared))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from experiments.jobs.cluster import agreed
 from experiments.jobs.timing import Timing
 from experiments.jobs.trainings import Result
 
@@ -19,19 +20,23 @@ def folder_of(out: Path, method: str, seed: int) -> Path:
 
 def pending(out: Path, methods: Sequence[str], seeds: int) -> dict[str, list[int]]:
     """The methods that are not trained and timed, with their seeds to train."""
-    left = {
-        method: [
-            seed
-            for seed in range(seeds)
-            if Result.read(folder_of(out, method, seed)) is None
-        ]
-        for method in methods
-    }
-    return {
-        method: some
-        for method, some in left.items()
-        if some or Timing.read(out / method) is None
-    }
+
+    def find() -> dict[str, list[int]]:
+        left = {
+            method: [
+                seed
+                for seed in range(seeds)
+                if Result.read(folder_of(out, method, seed)) is None
+            ]
+            for method in methods
+        }
+        return {
+            method: some
+            for method, some in left.items()
+            if some or Timing.read(out / method) is None
+        }
+
+    return agreed(find)
 
 
 def finished(

@@ -8,11 +8,19 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.jobs.data import Images, Parts
 from kdjax import Model, Outputs, Teacher
 from kdjax.io.input import padded_batches
-from kdjax.train import DistillState, evaluate, make_eval_step, make_mesh, place
+from kdjax.train import (
+    DistillState,
+    evaluate,
+    make_eval_step,
+    make_mesh,
+    place,
+    place_batch,
+)
 from kdjax.types import Batch, PyTree
 
 _LARGEST_BATCH = 1000
@@ -50,17 +58,19 @@ class Evaluator:
         self._mesh = make_mesh()
         self._has_teacher = teacher is not None
         self._test_too = test_too
-        self._eval_step = jax.jit(make_eval_step(model, _KNOWN))
+        same = NamedSharding(self._mesh, PartitionSpec())
+        self._eval_step = jax.jit(make_eval_step(model, _KNOWN), out_shardings=same)
 
         def student_logits(state: DistillState, batch: Batch) -> jax.Array:
             arrays = state.params["student"], state.model_state
             shown, _ = model.apply(*arrays, batch, rng=None, train=False)
             return shown.dense_logits()
 
-        self._student_logits = jax.jit(student_logits)
+        self._student_logits = jax.jit(student_logits, out_shardings=same)
         # Batches of one shape for both parts: one program.
         longest = max(len(parts.validation["x"]), len(parts.test["x"]))
-        self._batch_size = min(longest, _LARGEST_BATCH)
+        devices = self._mesh.size
+        self._batch_size = -(-min(longest, _LARGEST_BATCH) // devices) * devices
         self._test_images = len(parts.test["x"])
         answer = self._answers(classes, teacher)
 
@@ -68,8 +78,8 @@ class Evaluator:
             whole = padded_batches(
                 images, batch_size=self._batch_size, num_classes=classes
             )
-            placed = [place(batch, self._mesh) for batch in whole]
-            return [batch | {"teacher_logits": answer(batch)} for batch in placed]
+            placed = [place_batch(batch, self._mesh) for batch in whole]
+            return [{**batch, "teacher_logits": answer(batch)} for batch in placed]
 
         self._validation = batches(parts.validation)
         self._test = batches(parts.test)

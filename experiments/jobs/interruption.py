@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 
+import jax
+
 
 class Interrupted(Exception):
     """A SIGTERM came; what is done is on disk."""
@@ -17,10 +19,16 @@ class Sigterm:
     Within a training, ``fit`` handles the signal: it saves and returns. Outside,
     :class:`Interrupted` is raised at once. A signal in the last step of a training
     is no interruption of that, and ``fit`` does not tell: :meth:`check` does.
+
+    Of several processes none may leave the others alone: it is left to JAX's preemption
+    service, and all of them stop together in a training, this one or the next.
     """
 
     def __enter__(self) -> Sigterm:
-        self._listens = threading.current_thread() is threading.main_thread()
+        self._listens = (
+            jax.process_count() == 1
+            and threading.current_thread() is threading.main_thread()
+        )
         if self._listens:
             self._arrived, self._wakeup = os.pipe()
             for end in (self._arrived, self._wakeup):

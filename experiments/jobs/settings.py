@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from experiments.jobs.cluster import agreed
 from kdjax.tools.report import write_whole
 
 
@@ -37,6 +38,10 @@ def check_positive(config: Any, *names: str) -> None:
 
 def claim(out: Path, settings: Mapping[str, Any]) -> None:
     """Writes the settings down in the folder, or refuses it if it holds others."""
+    agreed(lambda: _claim(out, settings))
+
+
+def _claim(out: Path, settings: Mapping[str, Any]) -> None:
     path = out / "settings.json"
     try:
         if not path.exists():

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from experiments.jobs.cluster import is_first
 from kdjax.tools.report import write_whole
 
 _ROUNDS = 10
@@ -33,8 +34,9 @@ class Timing:
         return cls(**json.loads(path.read_text())) if path.exists() else None
 
     def write(self, folder: Path) -> None:
-        """Into a method's folder."""
-        write_whole(folder / "timing.json", json.dumps(dataclasses.asdict(self)))
+        """Into a method's folder, by the first process."""
+        if is_first():
+            write_whole(folder / "timing.json", json.dumps(dataclasses.asdict(self)))
 
 
 def measured(own: Callable[[], float], alone: Callable[[], float]) -> Timing:

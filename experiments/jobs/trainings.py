@@ -15,6 +15,7 @@ import jax
 import optax
 from rich.console import Console
 
+from experiments.jobs.cluster import agreed, is_first
 from experiments.jobs.interruption import Interrupted, Sigterm
 from kdjax import Adapted, Objective, Teacher, make_train_step, teachers
 from kdjax.io.checkpoints import Checkpoints
@@ -74,6 +75,11 @@ class Result:
         """The result in a run's folder, ``None`` while it is unfinished."""
         path = folder / "result.json"
         return cls(**json.loads(path.read_text())) if path.exists() else None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a training has its result."""
+    return agreed(lambda: Result.read(folder) is not None)
 
 
 Rollout: TypeAlias = Callable[[DistillState, PyTree, Batch], Batch]
@@ -199,14 +205,15 @@ class Trainer:
             checkpoints = Checkpoints(
                 folder / "checkpoints",
                 keep=2,
-                config={**self._job.settings, "run": folder.name, "seed": seed},
+                config={
+                    **self._job.settings,
+                    "run": folder.name,
+                    "seed": seed,
+                    # A position in the data is one in batches of this size.
+                    "batch_size": self._batch_size(examples),
+                },
             )
-            writers: list[JsonLines | ProgressBar | TensorBoard] = [
-                JsonLines(folder / "metrics.jsonl"),
-                ProgressBar(self._length.steps, console=self._job.console),
-            ]
-            if self._job.tensorboard:
-                writers.append(TensorBoard(folder / "tensorboard"))
+            writers = self._writers(folder) if is_first() else []
             for opened in (checkpoints, *writers):
                 stack.callback(opened.close)
             result = fit(
@@ -229,12 +236,15 @@ class Trainer:
 
     def finish(self, folder: Path, state: DistillState, step_ms: float | None) -> None:
         """Writes what is kept of the end, then the result, which ends the run."""
-        if Result.read(folder) is not None:
+        if is_finished(folder):
             return
-        for name, content in self._evaluator.files(state).items():
+        files, scores = self._evaluator.files(state), self._evaluator.test(state)
+        if not is_first():
+            return
+        for name, content in files.items():
             write_whole(folder / name, content)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params["student"]))
-        result = Result(parameters, self._evaluator.test(state), step_ms)
+        result = Result(parameters, scores, step_ms)
         write_whole(folder / "result.json", json.dumps(dataclasses.asdict(result)))
 
     def stopwatch(
@@ -264,11 +274,23 @@ class Trainer:
 
         return seconds
 
-    def _batches(self, examples: HostBatch, seed: int) -> Batches:
+    def _writers(self, folder: Path) -> list[JsonLines | ProgressBar | TensorBoard]:
+        writers: list[JsonLines | ProgressBar | TensorBoard] = [
+            JsonLines(folder / "metrics.jsonl"),
+            ProgressBar(self._length.steps, console=self._job.console),
+        ]
+        if self._job.tensorboard:
+            writers.append(TensorBoard(folder / "tensorboard"))
+        return writers
+
+    def _batch_size(self, examples: HostBatch) -> int:
         devices, length = jax.device_count(), len(next(iter(examples.values())))
+        return min(self._job.batch_size, length // devices * devices)
+
+    def _batches(self, examples: HostBatch, seed: int) -> Batches:
         return batches(
             examples,
-            batch_size=min(self._job.batch_size, length // devices * devices),
+            batch_size=self._batch_size(examples),
             seed=seed,
             transform=self._transform,
         )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import optax
 
+from experiments.jobs.cluster import Cluster
 from experiments.jobs.settings import check_counts, check_positive, refuse
 from experiments.lm.methods import ALONE, METHODS, chosen
 from experiments.lm.model import DecoderConfig
@@ -85,6 +86,7 @@ class Config:
     """Checkpoints over a training; the last step always has one."""
     tensorboard: bool = False
     """Also write TensorBoard events, into each run's folder."""
+    cluster: Cluster = dataclasses.field(default_factory=Cluster)
 
     def __post_init__(self):
         check_counts(
@@ -166,7 +168,7 @@ class Config:
           teacher: where the teacher comes from.
           texts: what they are.
         """
-        # More seeds, more methods or another folder leave the runs as they are.
-        apart = ("out", "seeds", "methods", "tensorboard", "data_dir")
+        # More seeds, methods, hosts or another folder leave the runs as they are.
+        apart = ("out", "seeds", "methods", "tensorboard", "cluster", "data_dir")
         own = dataclasses.asdict(self) | {"teacher": teacher, "text": texts}
         return {name: value for name, value in own.items() if name not in apart}

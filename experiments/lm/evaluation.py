@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.jobs.data import UNLABELLED as UNSCORED
 from experiments.lm.tokens import Tokens
@@ -18,7 +19,7 @@ from experiments.lm.windows import overlapping
 from kdjax import LinearHead, Mean, Model, Teacher, losses
 from kdjax.fused import token_means
 from kdjax.io.input import padded_batches
-from kdjax.train import DistillState, evaluate, make_mesh, place
+from kdjax.train import DistillState, evaluate, make_mesh, place, place_batch
 from kdjax.types import Batch, PyTree
 
 Sampler = Callable[[PyTree, Array, Array], Array]
@@ -71,11 +72,13 @@ class Evaluator:
     ):
         self._tokens = tokens
         self._mesh = make_mesh()
-        self._eval_step = jax.jit(_eval_step(model))
-        self._sample = jax.jit(sampler)
+        same = NamedSharding(self._mesh, PartitionSpec())
+        self._eval_step = jax.jit(_eval_step(model), out_shardings=same)
+        self._sample = jax.jit(sampler, out_shardings=same)
         self._head: LinearHead | None = None
         validation, test = (self._part(part, context, rows) for part in texts)
-        self._prompts = np.asarray(test.batches[0]["tokens"][:, : context // 4])
+        prompts = test.batches[0]["tokens"][:, : context // 4]
+        self._prompts = np.asarray(place(prompts, self._mesh))
         if teacher is not None:
             self._head = self._ask(*teacher, [*validation.batches, *test.batches])
         self._validation, self._test = validation, test
@@ -114,7 +117,7 @@ class Evaluator:
         batches = []
         for batch in padded_batches(arrays, batch_size=rows):
             scored = batch["scored"] & batch["mask"][:, None]
-            batches.append(place({**batch, "scored": scored}, self._mesh))
+            batches.append(dict(place_batch({**batch, "scored": scored}, self._mesh)))
         return Part(batches, sum(map(len, encoded)), sum(map(len, texts)))
 
     def _ask(

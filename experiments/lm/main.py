@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import tyro
 
 from experiments.jobs import command, comparison
+from experiments.jobs.cluster import agreed, is_first
 from experiments.jobs.networks import trained
 from experiments.jobs.timing import Timing, measured
-from experiments.jobs.trainings import Result
+from experiments.jobs.trainings import is_finished
 from experiments.lm import report, weights
 from experiments.lm.config import Config
 from experiments.lm.methods import ALONE
@@ -28,16 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work(prepared: Prepared) -> None:
         _train(prepared)
-        _report(prepared, time.perf_counter() - started)
+        if is_first():
+            _report(prepared, time.perf_counter() - started)
 
-    return command.run(functools.partial(prepare, config), work)
+    return command.run(config.cluster, functools.partial(prepare, config), work)
 
 
 def _train(prepared: Prepared) -> None:
     """Trains and times what is not finished."""
     config, job = prepared.config, prepared.job
     pending = comparison.pending(config.out, prepared.methods, config.seeds)
-    if not pending and Result.read(config.out / "teacher") is not None:
+    if not pending and is_finished(config.out / "teacher"):
         job.console.print(f"All runs in {config.out} are finished.")
         return
     students = Students(prepared, _teacher(prepared))
@@ -50,9 +53,13 @@ def _train(prepared: Prepared) -> None:
             job.console.print(f"student {number} of {total}: {name}, seed {seed}")
             folder = comparison.folder_of(config.out, name, seed)
             own.trainer.run(folder, own.initial(seed), own.rows(seed), seed)
-        if Timing.read(config.out / name) is None:
+        if agreed(functools.partial(_is_untimed, config.out / name)):
             measured(own.stopwatch(), alone.stopwatch()).write(config.out / name)
         job.sigterm.check()
+
+
+def _is_untimed(folder: Path) -> bool:
+    return Timing.read(folder) is None
 
 
 def _teacher(prepared: Prepared) -> Adapted:
@@ -67,8 +74,9 @@ def _teacher(prepared: Prepared) -> Adapted:
         teacher = trained(net, trainer.run(folder, net, rows, seed=0))
     else:
         trainer.finish(folder, trainer.initial(teacher, seed=0), step_ms=None)
-    prepared.tokens.write(folder / TOKENIZER)
-    weights.save(folder, prepared.setup.teacher, teacher.params)
+    if is_first():
+        prepared.tokens.write(folder / TOKENIZER)
+        weights.save(folder, prepared.setup.teacher, teacher.params)
     return teacher
 
 

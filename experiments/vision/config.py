@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import optax
 
+from experiments.jobs.cluster import Cluster
 from experiments.jobs.settings import check_counts, check_positive, refuse
 from experiments.vision.augmentation import Augmentation
 from experiments.vision.methods import METHODS, chosen
@@ -69,6 +70,7 @@ class Config:
     """Checkpoints over a training; the last step always has one."""
     tensorboard: bool = False
     """Also write TensorBoard events, into each run's folder."""
+    cluster: Cluster = dataclasses.field(default_factory=Cluster)
 
     def __post_init__(self):
         check_counts(
@@ -114,7 +116,7 @@ class Config:
           teacher: where the teacher comes from.
           images: what they are.
         """
-        # More seeds, more methods or another folder leave the runs as they are.
-        apart = ("out", "seeds", "methods", "tensorboard")
+        # More seeds, methods, hosts or another folder leave the runs as they are.
+        apart = ("out", "seeds", "methods", "tensorboard", "cluster")
         own = dataclasses.asdict(self) | {"teacher": teacher, "data_dir": images}
         return {name: value for name, value in own.items() if name not in apart}

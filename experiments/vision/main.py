@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import tyro
 
 from experiments.jobs import command, comparison
+from experiments.jobs.cluster import is_first
 from experiments.jobs.evaluation import Evaluator
 from experiments.jobs.networks import trained
 from experiments.jobs.timing import measured
-from experiments.jobs.trainings import Result, Trainer
+from experiments.jobs.trainings import Trainer, is_finished
 from experiments.vision import report
 from experiments.vision.config import Config
 from experiments.vision.methods import ALONE, objective
@@ -36,9 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work(prepared: Prepared) -> None:
         _train(prepared)
-        _report(prepared, time.perf_counter() - started)
+        if is_first():
+            _report(prepared, time.perf_counter() - started)
 
-    return command.run(functools.partial(prepare, config), work)
+    return command.run(config.cluster, functools.partial(prepare, config), work)
 
 
 def _teacher(prepared: Prepared) -> Adapted:
@@ -58,7 +60,7 @@ def _train(prepared: Prepared) -> None:
     """Trains and times what is not finished."""
     config, job = prepared.config, prepared.job
     pending = comparison.pending(config.out, prepared.methods, config.seeds)
-    if not pending and Result.read(config.out / "teacher") is not None:
+    if not pending and is_finished(config.out / "teacher"):
         job.console.print(f"All runs in {config.out} are finished.")
         return
     teacher = _teacher(prepared)
