@@ -44,6 +44,8 @@ class Config:
     """Steps between two checkpoints; the last step always has one."""
     tensorboard: bool = False
     """Also write TensorBoard events, into each run's folder."""
+    trace_steps: int = 0
+    """Steps of each training to record for XProf and Perfetto; 0 for none."""
     cluster: Cluster = dataclasses.field(default_factory=Cluster)
 
     def __post_init__(self):
@@ -73,6 +75,6 @@ class Config:
           teacher: where the teacher comes from.
         """
         # More seeds, hosts or another folder leave the runs as they are.
-        apart = ("out", "seeds", "tensorboard", "cluster")
+        apart = ("out", "seeds", "tensorboard", "trace_steps", "cluster")
         own = dataclasses.asdict(self) | {"teacher": teacher}
         return {name: value for name, value in own.items() if name not in apart}

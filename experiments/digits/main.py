@@ -88,6 +88,7 @@ def _prepared(config: Config, console: Console, sigterm: Sigterm) -> Prepared:
         console,
         sigterm,
         tensorboard=config.tensorboard,
+        trace_steps=config.trace_steps,
     )
     prepared = Prepared(config, job, parts)
     if config.teacher is not None:

@@ -17,12 +17,22 @@ from rich.console import Console
 
 from experiments.jobs.cluster import agreed, is_first
 from experiments.jobs.interruption import Interrupted, Sigterm
+from experiments.jobs.settings import refuse
 from kdjax import Adapted, Objective, Teacher, make_train_step, teachers
 from kdjax.io.checkpoints import Checkpoints
 from kdjax.io.input import HostBatch, Transform, batches
 from kdjax.io.logs import JsonLines, ProgressBar, TensorBoard
 from kdjax.tools.report import write_whole
-from kdjax.train import DistillState, fit, init_state, make_mesh, place, place_step
+from kdjax.train import (
+    DistillState,
+    Trace,
+    fit,
+    init_state,
+    make_mesh,
+    place,
+    place_step,
+    token_flops,
+)
 from kdjax.train.loop import Batches, Step
 from kdjax.types import Batch, PyTree
 
@@ -37,6 +47,7 @@ class Job:
       console: where to print.
       sigterm: notices what ``fit`` does not tell of.
       tensorboard: whether to write events for it too.
+      trace_steps: how many steps of each training are recorded for a profiler.
     """
 
     settings: Mapping[str, Any]
@@ -44,6 +55,11 @@ class Job:
     console: Console
     sigterm: Sigterm
     tensorboard: bool = False
+    trace_steps: int = 0
+
+    def __post_init__(self):
+        if self.trace_steps < 0:
+            refuse(self, "trace_steps", "expected a whole number of at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +154,8 @@ class Trainer:
       transform: augments batches.
       rollout: changes the batch inside the step, by the state and the teacher's
         arrays; ``None`` leaves it as it is.
+      tokens: of an example, for decoders, whose utilization is recorded then; ``None``
+        for other networks.
     """
 
     def __init__(
@@ -153,6 +171,7 @@ class Trainer:
         evaluator: Evaluation,
         transform: Transform | None = None,
         rollout: Rollout | None = None,
+        tokens: int | None = None,
     ):
         self._job = job
         self._examples = examples
@@ -163,6 +182,9 @@ class Trainer:
         # its forward pass out.
         source, frozen = teacher or teachers.frozen(net)
         self._parts = (source, objective, optimizer)
+        self._example_flops = tokens and tokens * token_flops(
+            net.params, frozen["params"] if teacher else None
+        )
         self._mesh = make_mesh()
         self._frozen = place(frozen, self._mesh)
         step = _after(rollout, make_train_step(net.model, *self._parts))
@@ -227,6 +249,9 @@ class Trainer:
                 checkpoints=checkpoints,
                 checkpoint_every=self._length.checkpoint_every,
                 writers=[*writers, times],
+                trace=self._trace(folder),
+                model_flops=self._example_flops
+                and self._example_flops * self._batch_size(examples),
             )
         if result.interrupted:
             raise Interrupted
@@ -273,6 +298,10 @@ class Trainer:
             return (time.perf_counter() - started) / steps
 
         return seconds
+
+    def _trace(self, folder: Path) -> Trace | None:
+        steps = self._job.trace_steps
+        return Trace(folder / "trace", steps) if steps else None
 
     def _writers(self, folder: Path) -> list[JsonLines | ProgressBar | TensorBoard]:
         writers: list[JsonLines | ProgressBar | TensorBoard] = [

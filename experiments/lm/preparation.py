@@ -86,7 +86,14 @@ def prepare(config: Config, console: Console, sigterm: Sigterm) -> Prepared:
         decoder, teacher = _loaded(config.teacher)
     origin = "trained here" if teacher is None else fingerprint(teacher)
     settings = config.settings(origin, texts.fingerprint)
-    job = Job(settings, config.batch_size, console, sigterm, config.tensorboard)
+    job = Job(
+        settings,
+        config.batch_size,
+        console,
+        sigterm,
+        tensorboard=config.tensorboard,
+        trace_steps=config.trace_steps,
+    )
     setup = _setup(config, tokens, decoder)
     prepared = Prepared(config, job, texts, tokens, (), setup, teacher)
     _check_length(prepared)

@@ -57,6 +57,7 @@ def trainer_of_teacher(prepared: Prepared) -> Trainer:
         examples=prepared.rows(prepared.passage(0)),
         length=_length(config, config.teacher_steps),
         evaluator=evaluator(prepared, setup.teacher, prepared.tokens, None),
+        tokens=config.context,
     )
 
 
@@ -111,6 +112,7 @@ class Students:
             length=_length(config, steps),
             evaluator=self._evaluator(recipe.byte_pairs),
             rollout=recipe.rollout,
+            tokens=config.context,
         )
         return Student(trainer, net, rows)
 

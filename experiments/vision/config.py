@@ -70,6 +70,8 @@ class Config:
     """Checkpoints over a training; the last step always has one."""
     tensorboard: bool = False
     """Also write TensorBoard events, into each run's folder."""
+    trace_steps: int = 0
+    """Steps of each training to record for XProf and Perfetto; 0 for none."""
     cluster: Cluster = dataclasses.field(default_factory=Cluster)
 
     def __post_init__(self):
@@ -117,6 +119,6 @@ class Config:
           images: what they are.
         """
         # More seeds, methods, hosts or another folder leave the runs as they are.
-        apart = ("out", "seeds", "methods", "tensorboard", "cluster")
+        apart = ("out", "seeds", "methods", "tensorboard", "trace_steps", "cluster")
         own = dataclasses.asdict(self) | {"teacher": teacher, "data_dir": images}
         return {name: value for name, value in own.items() if name not in apart}

@@ -107,6 +107,7 @@ def _job(config: Config, images: ImageSet, console: Console, sigterm: Sigterm) -
         console,
         sigterm,
         tensorboard=config.tensorboard,
+        trace_steps=config.trace_steps,
     )
 
 

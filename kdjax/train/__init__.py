@@ -3,6 +3,7 @@
 from kdjax.train.evaluation import evaluate, make_eval_step
 from kdjax.train.loop import FitResult, fit
 from kdjax.train.mapped import pmap_step, shard_map_step
+from kdjax.train.profiling import Trace, token_flops
 from kdjax.train.rules import largest_axes, shardings
 from kdjax.train.sharding import (
     batch_axes,
@@ -18,6 +19,7 @@ from kdjax.train.step import make_train_step
 __all__ = [
     "DistillState",
     "FitResult",
+    "Trace",
     "batch_axes",
     "evaluate",
     "fit",
@@ -33,4 +35,5 @@ __all__ = [
     "pmap_step",
     "shard_map_step",
     "shardings",
+    "token_flops",
 ]

@@ -6,13 +6,14 @@ import collections
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from kdjax.types import Mean
+from kdjax.train.profiling import peak_flops
+from kdjax.types import Batch, Mean
 
 _logger = logging.getLogger("kdjax")
 
@@ -40,6 +41,22 @@ class Writer(Protocol):
         ...
 
 
+class _Wait(NamedTuple):
+    """For a batch: how long, and whether the device had no work left at its end."""
+
+    seconds: float
+    starved: bool
+
+
+class _Pending(NamedTuple):
+    """A step that may still be running."""
+
+    n: int
+    metrics: dict[str, Mean]
+    examples: int
+    wait: _Wait
+
+
 class Records:
     """Sums up metrics without waiting for the device, and hands on the averages."""
 
@@ -50,6 +67,7 @@ class Records:
         log_every: int,
         steps: int,
         max_skipped: int,
+        flops: float | None = None,
     ):
         self.failure: str | None = None
         self._writers = writers
@@ -59,10 +77,24 @@ class Records:
         self._skipped_in_a_row = progress.get("skipped_in_a_row", 0)
         # By name, total and count: Python's float64 and unbounded integers.
         self._sums: dict[str, list] = progress.get("sums", {})
-        self._pending: collections.deque = collections.deque()
+        self._pending: collections.deque[_Pending] = collections.deque()
         self._finished_at: float | None = None
         self._seconds: list[float] = []
         self._examples = 0
+        self._flops = flops
+        self._peak_flops = peak_flops()
+        self._wait = _Wait(0.0, False)
+        self._waits: list[_Wait] = []
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
+        """The next batch, or ``None``; notes how long it is waited for."""
+        started = time.perf_counter()
+        batch = next(batches, None)
+        seconds = time.perf_counter() - started
+        newest = self._pending[-1].metrics if self._pending else None
+        starved = newest is not None and jax.tree.leaves(newest)[0].is_ready()
+        self._wait = _Wait(seconds, starved)
+        return batch
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint needs for the next record to come out the same."""
@@ -73,14 +105,14 @@ class Records:
         """Takes the metrics of step ``n``, which may still be running."""
         for leaf in jax.tree.leaves(metrics):
             leaf.copy_to_host_async()
-        self._pending.append((n, metrics, examples))
+        self._pending.append(_Pending(n, metrics, examples, self._wait))
         while len(self._pending) > _LAG:
-            self._absorb(*self._pending.popleft())
+            self._absorb(self._pending.popleft())
 
     def drain(self) -> None:
         """Waits for the steps under way and takes in their metrics."""
         while self._pending:
-            self._absorb(*self._pending.popleft())
+            self._absorb(self._pending.popleft())
         # What comes next, an evaluation say, is no part of the next step's time.
         self._finished_at = None
 
@@ -99,12 +131,14 @@ class Records:
         for writer in self._writers:
             writer.flush()
 
-    def _absorb(self, n: int, metrics: dict[str, Mean], examples: int) -> None:
-        values = jax.device_get(metrics)
+    def _absorb(self, step: _Pending) -> None:
+        n = step.n
+        values = jax.device_get(step.metrics)
         now = time.perf_counter()
         if self._finished_at is not None:
             self._seconds.append(now - self._finished_at)
-            self._examples += examples
+            self._examples += step.examples
+            self._waits.append(step.wait)
         self._finished_at = now
         if "skipped" in values and values["skipped"].total > 0:
             self._note_skipped(n, values)
@@ -144,11 +178,23 @@ class Records:
         self._sums = {}
         self.write(n, averages, "train")
         if self._seconds:
-            median, slow = np.percentile(self._seconds, (50, 95))
-            speed = {
-                "examples_per_second": self._examples / math.fsum(self._seconds),
-                "step_ms_p50": 1e3 * float(median),
-                "step_ms_p95": 1e3 * float(slow),
-            }
-            self.write(n, speed, "speed")
+            self.write(n, self._speed(), "speed")
             self._seconds, self._examples = [], 0
+            self._waits = []
+
+    def _speed(self) -> dict[str, float]:
+        """What is known of the time of the steps since the last record."""
+        steps, total = len(self._seconds), math.fsum(self._seconds)
+        speed = {"examples_per_second": self._examples / total}
+        waits = [wait.seconds for wait in self._waits]
+        for name, seconds in (("step", self._seconds), ("input", waits)):
+            for percent in (50, 95):
+                value = 1e3 * float(np.percentile(seconds, percent))
+                speed[f"{name}_ms_p{percent}"] = value
+        speed["input_bound"] = sum(wait.starved for wait in self._waits) / steps
+        if self._flops is not None:
+            per_second = self._flops * steps / total
+            speed["model_tflops_per_second"] = per_second / 1e12
+            if self._peak_flops is not None:
+                speed["model_flops_utilization"] = per_second / self._peak_flops
+        return speed

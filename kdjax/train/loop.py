@@ -14,6 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from kdjax.train._records import Records, Writer
+from kdjax.train.profiling import Trace, traced
 from kdjax.train.state import DistillState
 from kdjax.types import Batch, Mean, PyTree
 
@@ -95,6 +96,8 @@ def fit(
     log_every: int = 10,
     writers: Sequence[Writer] = (),
     max_skipped: int = 3,
+    trace: Trace | None = None,
+    model_flops: float | None = None,
 ) -> FitResult:
     """Trains until step ``steps``, from the newest checkpoint where there is one.
 
@@ -103,7 +106,9 @@ def fit(
     and saved, then the function returns (in the main thread only, since no other
     can handle signals). Of several processes any one may get the signal: all save and
     return after the same step. Records are averages over the steps since the last
-    record, without those that were skipped.
+    record, without those that were skipped. Those of kind ``speed`` tell percentiles of
+    the time of a step and of the wait for its batch, and ``input_bound``: the share of
+    steps whose batch came when the device had nothing left to do.
 
     Args:
       step: compiled, from ``place_step`` or ``jax.jit``; it may donate the state.
@@ -121,6 +126,10 @@ def fit(
         step they drop what they hold of later steps.
       max_skipped: consecutive steps without a finite loss and gradient after which
         the run stops.
+      trace: steps to record for a profiler; ``None`` for none.
+      model_flops: floating-point operations that the models need for a step, over all
+        devices, such as ``tokens * token_flops(params, frozen["params"])``; then their
+        utilization is recorded, where the devices' peak is known.
 
     Returns:
       The last state, its step, and whether the run was interrupted.
@@ -157,15 +166,16 @@ def fit(
     state, start, progress = _starting_point(state, batches, checkpoints, steps)
     if jax.process_index() > 0:
         writers = ()
-    records = Records(writers, progress, log_every, steps, max_skipped)
+    records = Records(writers, progress, log_every, steps, max_skipped, model_flops)
     records.rewind(start)
     saver = _Saver(checkpoints, batches, records, start)
     stopped = False
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(_Interruption())
         stack.callback(saver.wait)
-        for n in range(start + 1, steps + 1):
-            batch = next(batches, None)
+        numbers = traced(range(start + 1, steps + 1), trace, records.drain)
+        for n in stack.enter_context(contextlib.closing(numbers)):
+            batch = records.next_batch(batches)
             if batch is None:
                 saver.save(n - 1, state)
                 raise _too_few_batches(n - 1, start, steps)

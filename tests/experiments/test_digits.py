@@ -178,7 +178,10 @@ def test_more_devices_and_a_loaded_teacher(finished, tmp_path, capsys):
     # This process has eight devices; the other had one.
     assert jax.device_count() == 8
     teacher = finished[0] / "teacher"
-    assert main(arguments(tmp_path, teacher=teacher, labels_per_class=2)) == 0
+    changed = {"labels_per_class": 2, "trace_steps": 1}
+    assert main(arguments(tmp_path, teacher=teacher, **changed)) == 0
+    traces = list(tmp_path.rglob("few-alone/seed-0/trace/**/*.xplane.pb"))
+    assert len(traces) == 1
     expected = np.load(teacher / "test_logits.npy")
     logits = np.load(tmp_path / "teacher" / "test_logits.npy")
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
@@ -230,6 +233,7 @@ def test_refused_options_are_named(option, value, capsys):
         ("batch-size", "30", "multiple of the 8 device"),
         ("batch-size", "8000", "got 8000; .* at most 1"),
         ("teacher", "nowhere", "found no checkpoint in nowhere"),
+        ("trace-steps", "-1", "got -1; expected a whole number of at least 0"),
     ],
 )
 def test_refused_before_anything_is_trained(option, value, told, tmp_path, capsys):

@@ -109,6 +109,9 @@ def test_metrics_are_read_only_some_steps_later():
         def copy_to_host_async(self):
             self.array.copy_to_host_async()
 
+        def is_ready(self):
+            return self.array.is_ready()
+
         def __array__(self, dtype=None, copy=None):
             fetched.append(self.n)
             return np.asarray(self.array)
