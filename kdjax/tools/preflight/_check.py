@@ -32,7 +32,8 @@ _ENVIRONMENT = {
 }
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_EXHAUSTED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
+# What TPU compilers say where it does not fit: of all, or of what lives inside a step.
+_EXHAUSTED = re.compile(r"(Used |temporaries \()([\d.]+)([KMGT]?)")
 
 
 class Plan(NamedTuple):
@@ -154,9 +155,15 @@ def slice_mesh(topology: str, axes: Mapping[str, int] | None = None) -> Mesh:
         )
     # As make_mesh does where they are.
     kinds = (AxisType.Auto,) * len(axes)
-    return jax.make_mesh(
-        tuple(axes.values()), tuple(axes), devices=found, axis_types=kinds
-    )
+    try:
+        return jax.make_mesh(
+            tuple(axes.values()), tuple(axes), devices=found, axis_types=kinds
+        )
+    except NotImplementedError as error:
+        raise ValueError(
+            f"axes: {dict(axes)} cannot be laid over {topology}; expected sizes that "
+            f"are products of its own. {error}"
+        ) from error
 
 
 def check(plan: Plan, mesh: Mesh) -> Report:
@@ -212,8 +219,9 @@ def check(plan: Plan, mesh: Mesh) -> Report:
         used = _EXHAUSTED.search(str(error))
         if used is None:
             raise
-        total = int(float(used.group(1)) * _UNITS[used.group(2)])
-        held["activations"] = max(0, total - sum(held.values()))
+        of_all = used.group(1) == "Used "
+        size = int(float(used.group(2)) * _UNITS[used.group(3)])
+        held["activations"] = max(0, size - of_all * sum(held.values()))
         return report(held, None)
     return report(held | _inside(compiled, held), costs(compiled.as_text()))
 
