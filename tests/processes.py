@@ -1,5 +1,6 @@
 """Processes of one job on this machine, each with CPU devices of its own."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -27,8 +28,6 @@ class Processes:
         self, command, count, folder, *, devices=1, heartbeat=20, **environment
     ):
         folder.mkdir(parents=True, exist_ok=True)
-        # As users' processes have it, and without pytest's flags for quick compiling,
-        # which change the numbers.
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
@@ -71,17 +70,18 @@ class Processes:
         return self._printed[number].read_text()
 
     def statuses(self, timeout):
-        """How all of them ended, within so many seconds from now."""
+        """How each has ended within so many seconds from now; ``None`` if it has not."""
         end = time.monotonic() + timeout
-        return [
-            process.wait(max(0, end - time.monotonic())) for process in self._running
-        ]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for process in self._running:
+                process.wait(max(0, end - time.monotonic()))
+        return [process.poll() for process in self._running]
 
-    def finish(self, timeout=200):
+    def finish(self, timeout=500):
         """Returns when all of them have ended well."""
         statuses = self.statuses(timeout)
         told = "\n".join(self.printed(number) for number in range(len(statuses)))
-        assert not any(statuses), f"{statuses}\n{told}"
+        assert statuses == [0] * len(statuses), f"{statuses}\n{told}"
 
 
 def _free_port():
