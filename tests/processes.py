@@ -70,7 +70,7 @@ class Processes:
         return self._printed[number].read_text()
 
     def statuses(self, timeout):
-        """How each has ended within so many seconds from now; ``None`` if it has not."""
+        """How each has ended within so many seconds; ``None`` if it has not."""
         end = time.monotonic() + timeout
         with contextlib.suppress(subprocess.TimeoutExpired):
             for process in self._running:

@@ -28,6 +28,8 @@ class Cluster:
     """How many there are; None asks the cluster, and 1 is this one alone, always."""
     process_id: int | None = None
     """Which of them this one is, from 0; None asks the cluster."""
+    start_timeout: int = 300
+    """Seconds that each waits for the others at the start."""
     heartbeat_timeout: int = 60
     """Seconds after which all end when one has died or has failed alone."""
 
@@ -59,20 +61,24 @@ class Cluster:
                     self.coordinator_address,
                     "HOST:PORT of process 0, such as 10.0.0.1:8476",
                 )
-        if self.heartbeat_timeout < 2:
-            raise _wrong(
-                "heartbeat-timeout", self.heartbeat_timeout, "at least 2 seconds"
-            )
+        for option, seconds in (
+            ("start-timeout", self.start_timeout),
+            ("heartbeat-timeout", self.heartbeat_timeout),
+        ):
+            if seconds < 2:
+                raise _wrong(option, seconds, "at least 2 seconds")
 
     def join(self) -> None:
         """Starts ``jax.distributed`` unless this process is alone.
 
-        It must be the first that JAX is asked for. When a process dies, the others are
-        ended by JAX within ``heartbeat_timeout``; when one fails by itself, it waits
-        for so long for the others to end too, and then takes them down.
+        It must be the first that JAX is asked for. JAX itself ends a process whose
+        others don't come within ``start_timeout``, or of which one died, within
+        ``heartbeat_timeout`` and with a message. One that fails alone waits for so long
+        for the others to end too, and then takes them down.
 
         Raises:
-          RuntimeError: the others did not come within JAX's 300 seconds.
+          ValueError: what the cluster says is not complete.
+          RuntimeError: JAX has started already, or Kubernetes does not answer.
         """
         if self.num_processes == 1:
             return
@@ -81,6 +87,7 @@ class Cluster:
                 self.coordinator_address,
                 self.num_processes,
                 self.process_id,
+                initialization_timeout=self.start_timeout,
                 heartbeat_timeout_seconds=self.heartbeat_timeout,
                 shutdown_timeout_seconds=self.heartbeat_timeout,
             )

@@ -15,8 +15,7 @@ import json
 import logging
 import math
 import os
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -25,6 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from kdjax.io._checksums import SaveChecksums, damage_of
 from kdjax.io._positions import RestorePosition, SavePosition
 from kdjax.train.loop import Batches
 from kdjax.train.state import DistillState
@@ -33,7 +33,6 @@ _logger = logging.getLogger("kdjax")
 
 _UNREADABLE = "unreadable"
 _RUN_FILE = "run/metadata"
-_CHECKSUMS_FILE = "files/checksums.json"
 
 
 class Checkpoints:
@@ -44,7 +43,8 @@ class Checkpoints:
     restored, moved aside into ``unreadable/``, and the one before it is taken.
 
     Args:
-      folder: of this run alone, made if need be; may be a bucket (``gs://...``).
+      folder: of this run alone, made if need be; may be in a bucket (``gs://...``),
+        with gcsfs installed.
       keep: how many of the last checkpoints stay.
       best: the evaluation metric whose best checkpoint stays as well.
       mode: whether the best is the highest (``"max"``) or the lowest (``"min"``).
@@ -52,7 +52,8 @@ class Checkpoints:
         others is refused; with ``None`` any is accepted.
 
     Raises:
-      ValueError: ``keep`` is below 1, or ``mode`` is neither of its two words.
+      ValueError: ``keep`` is below 1, ``mode`` is neither of its two words, or Orbax
+        cannot write to such a bucket.
       TypeError: ``config`` has a value that JSON cannot hold.
       OSError: the folder cannot be written to.
 
@@ -125,7 +126,7 @@ class Checkpoints:
                 data=SavePosition(batches),
                 progress=ocp.args.JsonSave(dict(progress)),
                 run=ocp.args.JsonSave(run),
-                files=_ChecksumsArgs(),
+                files=SaveChecksums(),
             ),
             force=True,
         )
@@ -184,7 +185,7 @@ class Checkpoints:
         # One process decides for all, since it also moves folders.
         if jax.process_index() == 0:
             for step in reversed(self.steps()):
-                damage = _damage(self._folder / str(step))
+                damage = damage_of(self._folder / str(step))
                 if damage is None:
                     found = step
                     break
@@ -219,7 +220,7 @@ def _manager(folder: epath.Path, kept: _LastAndBest) -> ocp.CheckpointManager:
         ("progress", ocp.args.JsonSave, ocp.args.JsonRestore),
         ("run", ocp.args.JsonSave, ocp.args.JsonRestore),
         # Items are finalized in this order: the checksums after all the others.
-        ("files", _ChecksumsArgs),
+        ("files", SaveChecksums),
     ):
         for kind in kinds:
             registry.add(item, kind)
@@ -264,73 +265,6 @@ class _LastAndBest(ocp.checkpoint_managers.PreservationPolicy):
         if scored := [step for step in steps if step in self.scores]:
             kept.add(max(scored, key=self.scores.__getitem__))
         return [step in kept for step in steps]
-
-
-class _Checksums(ocp.CheckpointHandler):
-    """An item that lists the files of all items, with their sizes and checksums."""
-
-    def save(self, directory: epath.Path, args: _ChecksumsArgs) -> None:
-        """Nothing: the other files are not there yet."""
-
-    def restore(self, directory: epath.Path, args: _ChecksumsArgs) -> None:
-        """Nothing: damage is looked for before anything is restored."""
-
-    def finalize(self, directory: epath.Path) -> None:
-        """Called when the files are complete, before the checkpoint gets its name."""
-        if jax.process_index() > 0:
-            return
-        root = directory.parent
-        listed = {
-            str(path.relative_to(root)): [path.stat().length, _checksum(path)]
-            for path in _files(root)
-            if path.parent != root
-        }
-        (directory / _CHECKSUMS_FILE.split("/")[1]).write_text(json.dumps(listed))
-
-
-@ocp.args.register_with_handler(_Checksums, for_save=True, for_restore=True)
-@dataclasses.dataclass
-class _ChecksumsArgs(ocp.args.CheckpointArgs):
-    """What Orbax calls for to save an item; this one needs nothing."""
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            yield from _files(path)
-        else:
-            yield path
-
-
-def _checksum(path: epath.Path) -> int | None:
-    """CRC of a file, or ``None`` with several processes."""
-    # What they save is large, and this one would read back all of it. Storage that
-    # many hosts share has checksums of its own; sizes still tell a file cut short.
-    if jax.process_count() > 1:
-        return None
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
-def _damage(folder: epath.Path) -> str | None:
-    """What is wrong with a checkpoint, or ``None``."""
-    # Orbax would notice most of it, but its threads go on failing after the error.
-    try:
-        listed = json.loads((folder / _CHECKSUMS_FILE).read_text())
-    except (OSError, ValueError) as error:
-        return f"{_CHECKSUMS_FILE}: {error}"
-    for name, (size, checksum) in listed.items():
-        path = folder / name
-        if not path.exists():
-            return f"{name} is missing"
-        if (length := path.stat().length) != size:
-            return f"{name} has {length} bytes and had {size}"
-        if checksum is not None and _checksum(path) != checksum:
-            return f"{name} has changed"
-    return None
 
 
 def _described(state: DistillState) -> dict[str, str]:
@@ -382,6 +316,11 @@ def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _writable(folder: str | os.PathLike[str]) -> epath.Path:
     path = epath.Path(folder)
+    if "://" in os.fspath(folder) and not os.fspath(folder).startswith("gs://"):
+        raise ValueError(
+            f"folder: got {folder}; expected gs://... or a folder, since Orbax writes "
+            "to no other buckets (0.12.8). Mount this one, for S3 with mountpoint-s3."
+        )
     # A bucket is absolute, and absolute() would make a local path of it.
     path = path if path.is_absolute() else path.absolute()
     probe = path / f".writable.{jax.process_index()}"
