@@ -15,6 +15,7 @@ from tests.train.test_resume import assert_same, newest
 
 SCRIPT = Path(__file__).with_name("many_run.py")
 STEPS = 400
+METRICS = "metrics.jsonl"
 HEARTBEAT = 8
 # After its heartbeats are missed, a process that died is told of, and the stacks of
 # the others are written.
@@ -37,6 +38,7 @@ def start(folder, cache, count=2, devices=1, steps=STEPS, **options):
         devices=devices,
         heartbeat=HEARTBEAT,
         # Restarts compile nothing: what is tested is what happens after that.
+        JAX_ENABLE_X64="1",
         JAX_COMPILATION_CACHE_DIR=str(cache),
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )
@@ -44,7 +46,7 @@ def start(folder, cache, count=2, devices=1, steps=STEPS, **options):
 
 def wait_for(folder, step, processes):
     """Returns once there is a checkpoint of ``step`` or later."""
-    while newest(folder) < step:
+    while not (folder / "checkpoints").exists() or newest(folder) < step:
         assert processes[0].poll() is None, processes.printed(0)
         assert processes[1].poll() is None, processes.printed(1)
         time.sleep(0.005)
@@ -65,6 +67,7 @@ def test_one_of_two_is_killed_ten_times(tmp_path, cache, alone):
     for number in range(10):
         victim = moments.randrange(2)
         with start(folder, cache) as processes:
+            # At the first time before there is any checkpoint.
             wait_for(folder, 30 * number, processes)
             time.sleep(moments.uniform(0, 0.1))
             processes[victim].send_signal(signal.SIGKILL)
@@ -103,8 +106,12 @@ def two_by_two(tmp_path_factory, cache):
     return folder
 
 
+def records(folder):
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
 @pytest.mark.parametrize(
-    ("count", "devices", "tensor"), [(1, 4, 1), (4, 1, 2), (4, 1, 4), (1, 1, 1)]
+    ("count", "devices", "tensor"), [(1, 4, 1), (4, 1, 2), (1, 1, 1)]
 )
 def test_other_processes_and_meshes_go_on(
     tmp_path, cache, two_by_two, count, devices, tensor
@@ -116,18 +123,15 @@ def test_other_processes_and_meshes_go_on(
     (folder / "final.npz").unlink()
     with start(folder, cache, count, devices, 40, tensor=tensor) as processes:
         processes.finish()
-    expected, got = (
-        [json.loads(line) for line in (each / "metrics.jsonl").open()]
-        for each in (two_by_two, folder)
-    )
-    assert [record["step"] for record in got] == [record["step"] for record in expected]
+    got, expected = map(records, (folder, two_by_two))
     for record, other in zip(got, expected, strict=True):
         # Those of the first 20 steps were not written again.
-        tolerance = 0 if record["step"] <= 20 else 1e-5
-        assert record == pytest.approx(other, rel=tolerance, abs=tolerance)
+        tolerance = 0 if other["step"] <= 20 else 1e-9
+        for name, value in other.items():
+            assert record[name] == pytest.approx(value, rel=tolerance), (name, other)
     with (
         np.load(folder / "final.npz") as ours,
         np.load(two_by_two / "final.npz") as its,
     ):
         for name in its:
-            np.testing.assert_allclose(ours[name], its[name], rtol=1e-3, atol=1e-5)
+            np.testing.assert_allclose(ours[name], its[name], 1e-9, 1e-9, err_msg=name)
