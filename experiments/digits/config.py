@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
+
+from etils.epath import Path
 
 from experiments.jobs.cluster import Cluster
 from experiments.jobs.settings import check_counts, check_positive, refuse

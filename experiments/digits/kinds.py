@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+
+from etils.epath import Path
 
 
 @dataclasses.dataclass(frozen=True)

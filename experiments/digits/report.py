@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from etils.epath import Path
 
 from experiments.digits import figures
 from experiments.digits.config import Config
@@ -26,7 +26,8 @@ from experiments.digits.kinds import (
 from experiments.jobs.curves import series
 from experiments.jobs.data import Parts
 from experiments.jobs.trainings import Result
-from kdjax.tools.report import Table, image, mean_and_spread, page, png, write_whole
+from kdjax.io.files import write_whole
+from kdjax.tools.report import Table, image, mean_and_spread, page, png
 
 _COLUMNS = (
     "labels",

@@ -13,8 +13,12 @@ from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
-# What JAX says where it finds no cluster (0.10.2 and 0.12).
-_NO_CLUSTER = "coordinator_address should be defined"
+# What JAX says where it finds no cluster, and where it has been used already, as in a
+# notebook (0.10.2 and 0.12).
+_ALONE = (
+    "coordinator_address should be defined",
+    "must be called before any JAX calls",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +75,16 @@ class Cluster:
     def join(self) -> None:
         """Starts ``jax.distributed`` unless this process is alone.
 
-        It must be the first that JAX is asked for. JAX itself ends a process whose
-        others don't come within ``start_timeout``, or of which one died, within
-        ``heartbeat_timeout`` and with a message. One that fails alone waits for so long
-        for the others to end too, and then takes them down.
+        It must be the first that is asked of JAX, which itself ends a process, with a
+        message, when others don't come within ``start_timeout``, and within
+        ``heartbeat_timeout`` when one of them has died. One that fails alone waits for
+        so long for the others to end too, and then takes them down.
 
         Raises:
           ValueError: what the cluster says is not complete.
-          RuntimeError: JAX has started already, or Kubernetes does not answer.
+          RuntimeError: JAX was used before, or Kubernetes does not answer.
         """
-        if self.num_processes == 1:
+        if self.num_processes == 1 or jax.distributed.is_initialized():
             return
         try:
             jax.distributed.initialize(
@@ -91,8 +95,9 @@ class Cluster:
                 heartbeat_timeout_seconds=self.heartbeat_timeout,
                 shutdown_timeout_seconds=self.heartbeat_timeout,
             )
-        except ValueError as error:
-            if _NO_CLUSTER not in str(error):
+        except (ValueError, RuntimeError) as error:
+            asked_for = self.num_processes is not None
+            if asked_for or not any(text in str(error) for text in _ALONE):
                 raise
 
 

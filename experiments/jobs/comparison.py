@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
+
+from etils.epath import Path
 
 from experiments.jobs.cluster import agreed
 from experiments.jobs.timing import Timing

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from etils.epath import Path
 
 INK, FAINT = "#1f2430", "#e3e6ec"
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils.epath import Path
 
 from kdjax import Adapted
 from kdjax.io.checkpoints import Checkpoints

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
+from etils.epath import Path
+
 from experiments.jobs.cluster import agreed
-from kdjax.tools.report import write_whole
+from kdjax.io.files import write_whole
 
 
 def option(name: str) -> str:

@@ -6,10 +6,11 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
+
+from etils.epath import Path
 
 from experiments.jobs.cluster import is_first
-from kdjax.tools.report import write_whole
+from kdjax.io.files import write_whole
 
 _ROUNDS = 10
 

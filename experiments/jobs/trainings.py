@@ -8,11 +8,11 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import jax
 import optax
+from etils.epath import Path
 from rich.console import Console
 
 from experiments.jobs.cluster import agreed, is_first
@@ -20,9 +20,9 @@ from experiments.jobs.interruption import Interrupted, Sigterm
 from experiments.jobs.settings import refuse
 from kdjax import Adapted, Objective, Teacher, make_train_step, teachers
 from kdjax.io.checkpoints import Checkpoints
+from kdjax.io.files import write_whole
 from kdjax.io.input import HostBatch, Transform, batches
 from kdjax.io.logs import JsonLines, ProgressBar, TensorBoard
-from kdjax.tools.report import write_whole
 from kdjax.train import (
     DistillState,
     Trace,

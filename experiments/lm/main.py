@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import tyro
+from etils.epath import Path
 
 from experiments.jobs import command, comparison
 from experiments.jobs.cluster import agreed, is_first

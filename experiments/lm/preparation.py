@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
+from etils.epath import Path
 from rich.console import Console
 
 from experiments.jobs.interruption import Sigterm

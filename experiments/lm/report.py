@@ -6,8 +6,9 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import NamedTuple
+
+from etils.epath import Path
 
 from experiments.jobs import comparison
 from experiments.jobs.curves import records, series
@@ -16,7 +17,8 @@ from experiments.jobs.trainings import Result
 from experiments.lm import figures
 from experiments.lm.config import Config
 from experiments.lm.methods import ALONE, run_of
-from kdjax.tools.report import Table, image, mean_and_spread, page, png, write_whole
+from kdjax.io.files import write_whole
+from kdjax.tools.report import Table, image, mean_and_spread, page, png
 
 _COLUMNS = (
     "method",

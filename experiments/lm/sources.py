@@ -7,10 +7,10 @@ import shutil
 import subprocess
 import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import rdata
+from etils.epath import Path
 
 ROOTS = (Path("/"), Path("data"))
 """Where Debian packages are looked for: installed, or unpacked here."""

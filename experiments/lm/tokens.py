@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
+from etils.epath import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from kdjax.tools.report import write_whole
+from kdjax.io.files import write_whole
 
 Kind: TypeAlias = Literal["characters", "bytes", "bpe"]
 """What tokens stand for."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from etils.epath import Path
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 

@@ -6,10 +6,10 @@ import gzip
 import math
 import zlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from etils.epath import Path
 
 from experiments.jobs.data import Images, Parts
 
@@ -161,8 +161,7 @@ def _content(path: Path) -> bytes:
     if path.suffix != ".gz":
         return path.read_bytes()
     try:
-        with gzip.open(path) as file:
-            return file.read()
+        return gzip.decompress(path.read_bytes())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
             f"{path}: {error}; expected a whole file in gzip's format."

@@ -6,10 +6,10 @@ import dataclasses
 import functools
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from etils.epath import Path
 from jax import Array
 from rich.console import Console
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
+
+from etils.epath import Path
 
 from experiments.jobs import comparison
 from experiments.jobs.curves import records, series
@@ -15,7 +16,8 @@ from experiments.jobs.trainings import Result
 from experiments.vision import figures
 from experiments.vision.config import Config
 from experiments.vision.methods import ALONE
-from kdjax.tools.report import Table, image, mean_and_spread, page, png, write_whole
+from kdjax.io.files import write_whole
+from kdjax.tools.report import Table, image, mean_and_spread, page, png
 
 _COLUMNS = (
     "method",

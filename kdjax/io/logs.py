@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
+from typing import TextIO
 
 import rich.progress
+from etils import epath
 from rich.console import Console
 from tensorboardX import SummaryWriter
+
+from kdjax.io.files import write_whole
 
 
 class JsonLines:
@@ -23,11 +27,13 @@ class JsonLines:
     not finite, which JSON has no word for, as ``null``.
 
     Args:
-      path: the file; its folder is made, and lines are appended.
+      path: the file; its folder is made, and lines are appended. In a bucket
+        (``gs://...``, ``s3://...``) nothing can be: there it is written anew at every
+        flush.
 
     Example:
       >>> import tempfile
-      >>> path = Path(tempfile.mkdtemp(), "metrics.jsonl")
+      >>> path = epath.Path(tempfile.mkdtemp()) / "metrics.jsonl"
       >>> log = JsonLines(path)
       >>> log.write(100, {"loss": 0.5, "kl": float("nan")}, "train")
       >>> log.close()
@@ -36,9 +42,10 @@ class JsonLines:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self._path = Path(path)
+        self._path = epath.Path(path)
+        self._in_bucket = "://" in str(self._path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._opened()
 
     def write(self, step: int, scalars: Mapping[str, float], kind: str) -> None:
         """Appends one record, unless it is of kind ``speed``."""
@@ -56,23 +63,42 @@ class JsonLines:
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if _is_kept(line, step)]
         if kept != lines:
-            # Replaced in one go: a run killed here must not lose its records.
-            rewritten = self._path.with_name(self._path.name + ".tmp")
-            with rewritten.open("w", encoding="utf-8") as file:
-                file.writelines(kept)
-                file.flush()
-                os.fsync(file.fileno())
-            rewritten.replace(self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+            write_whole(self._path, "".join(kept))
+        self._file = self._opened()
 
     def flush(self) -> None:
         """Makes everything written so far survive a crash of the machine."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if not self._in_bucket:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file; nothing can be written afterwards."""
         self._file.close()
+
+    def _opened(self) -> TextIO:
+        if self._in_bucket:
+            return _Object(self._path)
+        return self._path.open("a", encoding="utf-8")
+
+
+class _Object(io.StringIO):
+    """A text in a bucket, to be appended to."""
+
+    def __init__(self, path: epath.Path):
+        super().__init__()
+        self._path = path
+        self.write(path.read_text(encoding="utf-8") if path.exists() else "")
+
+    def flush(self) -> None:
+        """Writes all of it."""
+        write_whole(self._path, self.getvalue())
+
+    def close(self) -> None:
+        """Writes all of it, and lets it go."""
+        if not self.closed:
+            self.flush()
+        super().close()
 
 
 def _is_kept(line: str, step: int) -> bool:

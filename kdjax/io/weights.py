@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
+from etils.epath import Path
 from jax.typing import ArrayLike
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, load_file, save
+
+from kdjax.io.files import write_whole
 
 _FILE = "model.safetensors"
 _INDEX_FILE = f"{_FILE}.index.json"
@@ -23,7 +25,7 @@ def load_tensors(folder: Path) -> dict[str, np.ndarray]:
     ``model.safetensors.index.json`` lists.
 
     Args:
-      folder: a local one.
+      folder: a local one, or one in a bucket (``gs://...``), which is read as a whole.
 
     Returns:
       Arrays by name, on the host, in the dtype of the file (bfloat16 included).
@@ -67,10 +69,9 @@ def save_tensors(folder: Path, tensors: Mapping[str, ArrayLike]) -> None:
       folder: made if need be.
       tensors: by name.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     # The file gets an array's buffer, whatever its strides say (safetensors 0.8).
     arrays = {name: np.ascontiguousarray(each) for name, each in tensors.items()}
-    save_file(arrays, folder / _FILE, metadata={"format": "pt"})
+    write_whole(folder / _FILE, save(arrays, metadata={"format": "pt"}))
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -93,7 +94,9 @@ def load_json(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, np.ndarray]:
     _check_exists(path)
     try:
-        return load_file(path)
+        # A local file is mapped, and not read twice.
+        in_bucket = "://" in str(path)
+        return load(path.read_bytes()) if in_bucket else load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path}: is damaged or was not copied in full ({error})."

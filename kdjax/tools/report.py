@@ -10,9 +10,7 @@ import base64
 import dataclasses
 import html
 import io
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -227,27 +225,3 @@ def page(title: str, lead: str, sections: Mapping[str, str]) -> str:
         f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>\n{body}\n"
         "</body></html>\n"
     )
-
-
-def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file so that, killed at any moment, it is there whole or not at all.
-
-    Args:
-      path: of the file; its folder is made.
-      content: text, written as UTF-8, or bytes.
-
-    Example:
-      >>> import tempfile
-      >>> path = Path(tempfile.mkdtemp(), "new", "table.md")
-      >>> write_whole(path, "| a |")
-      >>> path.read_text()
-      '| a |'
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -15,7 +15,6 @@ from kdjax.tools.report import (
     mean_and_spread,
     page,
     png,
-    write_whole,
 )
 
 TABLE = Table(["loss", "paper", "accuracy"], [["KL", "[1] <b>", "0.9 ± 0.1"]], 2)
@@ -79,11 +78,3 @@ def test_a_page_needs_nothing_but_itself():
     assert 'alt="What &lt;it&gt; shows"' in text
     assert text.count("data:image/png;base64,") == 1
     assert not re.search(r"https?://|<script|<link|@import|url\(", text)
-
-
-def test_a_file_is_replaced_as_a_whole(tmp_path):
-    path = tmp_path / "new" / "results.json"
-    write_whole(path, "é")
-    write_whole(path, b"two")
-    assert path.read_bytes() == b"two"
-    assert [each.name for each in path.parent.iterdir()] == ["results.json"]

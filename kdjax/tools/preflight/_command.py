@@ -13,10 +13,11 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
+from kdjax.io.files import write_whole
 from kdjax.tools.preflight import _views
 from kdjax.tools.preflight._check import Plan, slice_mesh
 from kdjax.tools.preflight._levers import Levers, recommend
-from kdjax.tools.report import png, write_whole
+from kdjax.tools.report import png
 from kdjax.train import make_mesh
 
 
