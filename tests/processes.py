@@ -33,7 +33,7 @@ class Processes:
             "JAX_NUM_CPU_DEVICES": str(devices),
             "PYTHONPATH": str(ROOT),
         } | environment  # fmt: skip
-        address = f"127.0.0.1:{_free_port()}"
+        address = f"127.0.0.1:{free_port()}"
         self._running, self._printed = [], []
         for number in range(count):
             cluster = {
@@ -84,7 +84,8 @@ class Processes:
         assert statuses == [0] * len(statuses), f"{statuses}\n{told}"
 
 
-def _free_port():
+def free_port():
+    """A port that nobody listens at now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -39,6 +39,11 @@ def check_positive(config: Any, *names: str) -> None:
 
 def claim(out: Path, settings: Mapping[str, Any]) -> None:
     """Writes the settings down in the folder, or refuses it if it holds others."""
+    if "://" in str(out) and not str(out).startswith("gs://"):
+        raise ValueError(
+            f"--out: got {out}; expected a folder or gs://..., the only buckets that "
+            "Orbax saves to (0.12.8). Mount this one."
+        )
     agreed(lambda: _claim(out, settings))
 
 

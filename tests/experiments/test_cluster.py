@@ -1,14 +1,17 @@
 """Jobs of several processes: how they start, print, agree and stop."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from experiments.digits.main import main
 from experiments.jobs.cluster import Cluster, agreed
-from tests.processes import Processes
+from tests.processes import ROOT, Processes, free_port
 
 WHOLE = {"coordinator_address": "host:1", "num_processes": 2, "process_id": 1}
 
@@ -56,7 +59,7 @@ def test_without_a_cluster_a_process_is_alone():
     assert agreed(lambda: [1]) == [1]
 
 
-def start(out, count, cache, **changed):
+def arguments(out, **changed):
     options = {
         "out": out,
         "seeds": 1,
@@ -67,13 +70,20 @@ def start(out, count, cache, **changed):
         "checkpoint-every": 4,
         **changed,
     }
-    return Processes(
-        ["-m", "experiments.digits", *(f"--{k}={v}" for k, v in options.items())],
-        count,
-        out.with_suffix(".printed"),
-        JAX_COMPILATION_CACHE_DIR=str(cache),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    )
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def compiled_in(cache):
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def start(out, cache, **changed):
+    command = ["-m", "experiments.digits", *arguments(out, **changed)]
+    folder = out.with_suffix(".printed")
+    return Processes(command, 2, folder, **compiled_in(cache))
 
 
 @pytest.fixture(scope="module")
@@ -86,20 +96,25 @@ def newest(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_do_the_job_of_one(tmp_path, cache):
-    results = []
-    for count in (1, 2):
-        out = tmp_path / f"{count}"
-        with start(out, count, cache) as processes:
-            processes.finish()
-            assert "Curves and pictures" in processes.printed(0)
-            if count == 2:
-                # JAX has something to tell itself, but the job has not.
-                assert "student" not in processes.printed(1)
-        results.append(json.loads((out / "results.json").read_text()))
-    for name, (alone,) in results[0]["students"].items():
-        (together,) = results[1]["students"][name]
-        assert together["scores"] == pytest.approx(alone["scores"], rel=0.05, abs=0.02)
+def test_local_processes_do_the_whole_job_and_one_of_them_prints(tmp_path, cache):
+    out = tmp_path / "out"
+    script = ROOT / "experiments" / "tpu" / "local.sh"
+    printed = subprocess.run(
+        ["bash", script, "2", "experiments.digits", *arguments(out)],
+        env=os.environ | {"PYTHON": sys.executable, "PORT": str(free_port())},
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    ran = subprocess.run(
+        ["bash"], input=printed, env=os.environ | compiled_in(cache),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    for number in range(1, 6):
+        assert ran.stdout.count(f"student {number} of 5") == 1
+    assert ran.stdout.count("Curves and pictures") == 1
+    results = json.loads((out / "results.json").read_text())
+    for runs in results["students"].values():
+        assert 0 < runs[0]["scores"]["student_accuracy"] <= 1
 
 
 @pytest.mark.slow
@@ -107,7 +122,7 @@ def test_sigterm_to_one_stops_all_with_143_and_they_go_on(tmp_path, cache):
     out = tmp_path / "out"
     saved = out / "teacher" / "checkpoints"
     long = {"teacher-steps": 3000, "checkpoint-every": 20}
-    with start(out, 2, cache, **long) as processes:
+    with start(out, cache, **long) as processes:
         while newest(saved) < 20:
             assert processes[0].poll() is None, processes.printed(0)
             time.sleep(0.01)
@@ -116,7 +131,7 @@ def test_sigterm_to_one_stops_all_with_143_and_they_go_on(tmp_path, cache):
         assert "saved. Run the same command" in processes.printed(0)
     step = newest(saved)
     assert 20 <= step < 3000
-    with start(out, 2, cache, **long) as processes:
+    with start(out, cache, **long) as processes:
         while newest(saved) <= step:
             assert processes[0].poll() is None, processes.printed(0)
             time.sleep(0.01)
@@ -130,7 +145,14 @@ def test_what_the_first_refuses_all_refuse(tmp_path, cache):
     out = tmp_path / "out"
     out.mkdir()
     (out / "settings.json").write_text('{"alpha": 7}')
-    with start(out, 2, cache) as processes:
+    with start(out, cache) as processes:
         assert processes.statuses(120) == [2, 2]
         for number in range(2):
             assert "--alpha: 7 there, 0.1 now" in processes.printed(number)
+
+
+def test_checkpoints_in_a_bucket_that_orbax_lacks_are_refused(capsys):
+    assert main(["--out=s3://bucket/run"]) == 2
+    assert "--out: got s3://bucket/run; expected a folder or gs://" in (
+        capsys.readouterr().err
+    )

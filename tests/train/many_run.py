@@ -1,12 +1,12 @@
 """A small distillation by the processes of a cluster; see test_processes.py."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 import tyro
+from etils.epath import Path
 from flax import nnx
 
 from experiments.jobs.cluster import Cluster, is_first, together
@@ -96,7 +96,8 @@ def main(options: Options) -> int:
     if log:
         log.close()
         if not result.interrupted:
-            np.savez(options.folder / "final.npz", **whole)
+            with (options.folder / "final.npz").open("wb") as file:
+                np.savez(file, **whole)
     print("interrupted" if result.interrupted else "finished", result.step)
     together()
     return 143 if result.interrupted else 0

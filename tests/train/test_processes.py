@@ -83,12 +83,13 @@ def test_one_of_two_is_killed_ten_times(tmp_path, cache, alone):
     assert_same(folder, alone)
 
 
-@pytest.mark.parametrize("told", [0, 1])
-def test_sigterm_to_either_saves_on_both_at_the_same_step(tmp_path, cache, alone, told):
+@pytest.mark.parametrize("told", [[0], [1], [0, 1]])
+def test_sigterm_to_any_saves_on_both_at_the_same_step(tmp_path, cache, alone, told):
     folder = tmp_path / "run"
     with start(folder, cache) as processes:
         wait_for(folder, 20, processes)
-        processes[told].send_signal(signal.SIGTERM)
+        for number in told:
+            processes[number].send_signal(signal.SIGTERM)
         assert processes.statuses(60) == [143, 143]
         ends = [processes.printed(number).split()[-2:] for number in range(2)]
     assert ends[0] == ends[1] == ["interrupted", str(newest(folder))]

