@@ -70,15 +70,16 @@ def evaluate(
       state: of the training.
       frozen: the teacher's arrays.
       batches: one pass over the examples, such as
-        :func:`kdjax.io.input.padded_batches`.
+        :func:`kdjax.io.input.padded_batches`; of several processes each passes them
+        through :func:`kdjax.train.place_batch`, and all get the same averages.
 
     Returns:
       The averages by name, exact whatever the sizes of the batches.
 
     Raises:
-      ValueError: there is no batch.
+      ValueError: there is no batch, or of several processes each has its own.
     """
-    measured = [eval_step(state, frozen, batch) for batch in batches]
+    measured = [eval_step(state, frozen, _shared(batch)) for batch in batches]
     if not measured:
         raise ValueError("batches: got none; there is nothing to evaluate.")
     # In float64 on the host, where a long evaluation loses nothing.
@@ -87,3 +88,19 @@ def evaluate(
     for sums in rest:
         first = {name: first[name] + sums[name] for name in first}
     return {name: float(sums.value()) for name, sums in first.items()}
+
+
+def _shared(batch: Batch) -> Batch:
+    """The batch, refused where processes would take their own parts for the whole."""
+    if jax.process_count() > 1:
+        alone = [
+            name
+            for name, array in batch.items()
+            if not isinstance(array, jax.Array) or array.is_fully_addressable
+        ]
+        if alone:
+            raise ValueError(
+                f"batches: got {alone} of this process alone; expected batches of all "
+                f"{jax.process_count()}, from kdjax.train.place_batch(batch, mesh)."
+            )
+    return batch

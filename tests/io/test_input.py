@@ -6,7 +6,8 @@ import grain
 import numpy as np
 import pytest
 
-from kdjax.io.input import batches, padded_batches
+from kdjax.io.input import batches, padded_batches, shard_of
+from kdjax.train import make_mesh
 
 DATA = {
     "x": np.arange(40, dtype=np.float32).reshape(20, 2),
@@ -181,3 +182,36 @@ def seconds_of(call):
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def mesh_of(monkeypatch, axes, local):
+    """A mesh of which this process has the devices with these positions."""
+    mesh = make_mesh(axes)
+    devices = [mesh.devices.flat[position] for position in local]
+    monkeypatch.setattr(type(mesh), "local_devices", property(lambda self: devices))
+    return mesh
+
+
+@pytest.mark.parametrize(
+    ("axes", "local", "index", "count"),
+    [
+        ({"data": 8}, range(8), 0, 1),
+        ({"data": 8}, [2, 3], 1, 4),
+        ({"data": 2, "fsdp": 4}, [4, 5, 6, 7], 1, 2),
+        # Each two of four processes hold a model together: they have the same rows.
+        ({"data": 2, "tensor": 4}, [4, 5], 1, 2),
+        ({"data": 2, "tensor": 4}, [6, 7], 1, 2),
+        ({"tensor": 8}, [3], 0, 1),
+    ],
+)
+def test_processes_give_the_rows_of_their_devices(
+    monkeypatch, axes, local, index, count
+):
+    shard = shard_of(mesh_of(monkeypatch, axes, local))
+    assert (shard.shard_index, shard.shard_count) == (index, count)
+
+
+@pytest.mark.parametrize("local", [[0, 2], [1, 2], [0, 1, 2]])
+def test_rows_that_are_no_part_among_equal_ones_are_refused(monkeypatch, local):
+    with pytest.raises(ValueError, match="mesh: the devices of process 0 have"):
+        shard_of(mesh_of(monkeypatch, {"data": 8}, local))

@@ -170,3 +170,10 @@ def test_evaluation_refuses_no_batches():
     _, state, frozen = training()
     with pytest.raises(ValueError, match="batches: got none"):
         evaluate(eval_step(), state, frozen, [])
+
+
+def test_evaluation_refuses_what_each_process_has_for_itself(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    given = {"x": np.zeros((2, 3)), "label": jnp.zeros(2, jnp.int32)}
+    with pytest.raises(ValueError, match=r"batches: got \['x', 'label'\] of this proc"):
+        evaluate(eval_step(), None, None, [given])
