@@ -7,7 +7,9 @@ import functools
 import math
 import os
 import re
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -214,7 +216,7 @@ def check(plan: Plan, mesh: Mesh) -> Report:
     )
     lowered: Any = jax.jit(step, donate_argnums=0).lower(*arrays)
     try:
-        compiled = lowered.compile()
+        compiled, text = _compiled(lowered, mesh)
     except jax.errors.JaxRuntimeError as error:
         used = _EXHAUSTED.search(str(error))
         if used is None:
@@ -223,7 +225,21 @@ def check(plan: Plan, mesh: Mesh) -> Report:
         size = int(float(used.group(2)) * _UNITS[used.group(3)])
         held["activations"] = max(0, size - of_all * sum(held.values()))
         return report(held, None)
-    return report(held | _inside(compiled, held), costs(compiled.as_text()))
+    return report(held | _inside(compiled, held), costs(text))
+
+
+def _compiled(lowered: Any, mesh: Mesh) -> tuple[Any, str]:
+    """The program, and its text."""
+    if mesh.devices.flat[0].platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    # libtpu writes the text itself: JAX cannot always read its programs, such as those
+    # of a v5p with asynchronous updates (jax 0.10.2).
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        (path,) = Path(folder).glob("*.after_optimizations.txt")
+        return compiled, path.read_text()
 
 
 def _placed(plan: Plan, mesh: Mesh) -> tuple[PyTree, PyTree, PyTree]:

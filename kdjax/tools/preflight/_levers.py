@@ -57,8 +57,9 @@ def recommend(
 
     Those that cost least time come first, and none is moved back: the teacher in
     bfloat16; parameters split over the chips that share the batch (the axis ``data``
-    becomes ``fsdp``); accumulation, straight to the first number of micro-batches that
-    could be enough; rematerialisation; smaller chunks of tokens.
+    becomes ``fsdp``); rematerialisation, which on TPUs may even save time where much
+    is kept; accumulation, straight to the first number of micro-batches that could be
+    enough; smaller chunks of tokens.
 
     Args:
       planned: makes the step for a mesh and levers.
@@ -75,7 +76,7 @@ def recommend(
     """
     trial = _tried("", planned, mesh_of, axes, levers)
     yield trial
-    for move in (_bfloat16, _fsdp, _accumulation, _remat, _chunks):
+    for move in (_bfloat16, _fsdp, _remat, _accumulation, _chunks):
         while trial.report.fits is False and (moved := move(trial)):
             name, axes, levers = moved
             trial = _tried(name, planned, mesh_of, axes, levers)
