@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.benchmarks import forms, losses, report, traffic
@@ -33,15 +33,12 @@ from experiments.jobs.processes import Ask
 from kdjax import fused
 from kdjax.types import LinearHead, Mean
 
-AXES = ("data", "model")
 PLAIN, PRODUCTS = "plain", "matrix products"
 DEFAULT_TARGETS = {PLAIN: 0.9, PRODUCTS: 1.15}
 # Its logarithms and powers weigh more than the products.
 TARGETS = {"jensen_shannon": {PLAIN: 1.0, PRODUCTS: 1.7}}
 LIMIT = 0.2e9
 """Bytes of temporaries on a chip of the slice, beside the kernel's gradient."""
-BYTES_PER_SECOND, PRODUCTS_PER_SECOND = 819e9, 197e12
-"""Of a v5e chip: its memory, and its floating-point operations in bfloat16."""
 PEERS = {
     "forward_kl": {"torchtune, 8 chunks": "torchtune_forward_kl"},
     "jensen_shannon": {"Liger, chunked": "liger_jsd", "TRL's formula": "trl_jsd"},
@@ -284,8 +281,9 @@ def _roofline(section: str, name: str, config: Config, ways: tuple[int, int]) ->
     mean = chunked(forms.KDJAX[name], chunk)
     shape = chunk * ways[0], config.slice_vocabulary, config.slice_width
     costs = compiled(mean, ways, *shape).cost_analysis()
-    traffic_ms = 1e3 * costs["bytes accessed"] / BYTES_PER_SECOND
-    products_ms = 1e3 * costs["flops"] / PRODUCTS_PER_SECOND
+    chip = traffic.chip()
+    traffic_ms = 1e3 * costs["bytes accessed"] / chip.bandwidth
+    products_ms = 1e3 * costs["flops"] / chip.flops
     return Figure(
         section,
         name,
@@ -305,8 +303,7 @@ def compiled(
     width: int,
 ) -> Any:
     """Value and gradient for a slice: tokens and classes split so many ways."""
-    devices = traffic.devices()
-    mesh = Mesh(devices.reshape(ways), AXES, axis_types=(AxisType.Auto,) * 2)
+    mesh = traffic.mesh(ways)
 
     def array(shape: tuple[int, ...], dtype: Any, *spec: str | None) -> Any:
         sharding = NamedSharding(mesh, P(*spec))

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.util
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.benchmarks import forms
 from experiments.benchmarks.inputs import LOSSES
 from experiments.benchmarks.report import Figure
+from kdjax.tools import preflight
+from kdjax.train.chips import Chip, chip_of
 
 SLICE = "v5e:4x4"
 AXES = ("data", "model")
@@ -24,7 +24,7 @@ LAYOUTS = {
     "classes 16 ways": PartitionSpec(None, AXES),
     "batch and classes 4 ways each": PartitionSpec(*AXES),
 }
-COLLECTIVES = ("all-gather", "all-to-all", "collective-permute", "all-reduce")
+SUMS = ("all-reduce", "reduce-scatter")
 
 
 class Program(NamedTuple):
@@ -32,36 +32,43 @@ class Program(NamedTuple):
 
     temporaries: int
     traffic: float
-    collectives: dict[str, int]
+    collectives: Mapping[str, int]
 
     @property
     def moved(self) -> int:
         """Collectives that carry logits from chip to chip, not just sums of rows."""
-        counts = dict(self.collectives)
-        del counts["all-reduce"]
-        return sum(counts.values())
+        return sum(
+            count for kind, count in self.collectives.items() if kind not in SUMS
+        )
 
 
 def available() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def devices() -> np.ndarray:
-    """The chips of the slice."""
-    return np.array(topologies.get_topology_desc(SLICE, platform="tpu").devices)
+def mesh(ways: tuple[int, int]) -> Mesh:
+    """The chips of the slice: tokens and classes split so many ways."""
+    return preflight.slice_mesh(SLICE, dict(zip(AXES, ways, strict=True)))
+
+
+def chip() -> Chip:
+    """What one of them can do."""
+    found = chip_of(mesh((4, 4)).devices.flat[0].device_kind)
+    assert found is not None
+    return found
 
 
 def figures(
     tokens: int, vocabulary: int, losses: Sequence[str] = LOSSES
 ) -> Iterator[Figure]:
     """Every loss in every layout, in float32, beside the Optax form."""
-    mesh = Mesh(devices().reshape(4, 4), AXES, axis_types=(AxisType.Auto,) * 2)
-    logits_bytes = tokens * vocabulary * 4 / mesh.size
+    chips = mesh((4, 4))
+    logits_bytes = tokens * vocabulary * 4 / chips.size
     for layout, spec in LAYOUTS.items():
         section = f"[{tokens}, {vocabulary}] on {SLICE}, {layout}, per chip"
         for name in losses:
             ours, theirs = (
-                compiled(form[name], mesh, spec, (tokens, vocabulary))
+                compiled(form[name], chips, spec, (tokens, vocabulary))
                 for form in (forms.KDJAX, forms.OPTAX)
             )
             yield Figure(
@@ -114,10 +121,9 @@ def compiled(
 
 def program(compiled: Any) -> Program:
     """What the compiler says of what it compiled."""
-    text = compiled.as_text()
+    found = preflight.costs(compiled.as_text()).collectives
     return Program(
         compiled.memory_analysis().temp_size_in_bytes,
         compiled.cost_analysis()["bytes accessed"],
-        # An asynchronous one is a pair of instructions, of which one counts.
-        {n: len(re.findall(rf" {n}(?:-start)?\(", text)) for n in COLLECTIVES},
+        collections.Counter(each.kind for each in found),
     )
