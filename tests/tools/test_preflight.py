@@ -1,6 +1,7 @@
 """What preflight says of a step, beside what follows from its shapes."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from kdjax.tools import preflight
 from kdjax.tools.preflight import Levers, Plan, Trial
 from kdjax.tools.preflight import _check as checking
 from kdjax.train import init_state, make_mesh
-from kdjax.train.chips import Chip
+from kdjax.train.chips import Chip, chip_of
 
 EXAMPLES, WIDTH, LAYERS, NARROW = 64, 64, 3, 24
 
@@ -228,6 +229,26 @@ def test_nothing_fits(small_chip):
     assert trials[-1].axes == {"fsdp": 8}
     assert trials[-1].levers.remat
     assert "does not fit" in preflight.verdict(trials)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+@pytest.mark.parametrize(
+    ("topology", "chips"), [("v4:2x2x2", 8), ("v5e:4x4", 16), ("v5p:2x2x1", 4)]
+)
+def test_a_slice_has_a_device_for_each_chip(topology, chips):
+    mesh = preflight.slice_mesh(topology)
+    assert dict(mesh.shape) == {"data": chips}
+    assert chip_of(mesh.devices.flat[0].device_kind) is not None
+    with pytest.raises(ValueError, match=f"is for 3 chips, but {topology} has {chips}"):
+        preflight.slice_mesh(topology, {"data": 3})
+
+
+def test_a_mesh_that_a_slice_has_not_is_refused():
+    pytest.importorskip("libtpu")
+    with pytest.raises(ValueError, match="cannot be laid over v5p:4x4x4; expected"):
+        preflight.slice_mesh("v5p:4x4x4", {"fsdp": 8, "tensor": 8})
 
 
 def test_an_unknown_slice_is_refused():

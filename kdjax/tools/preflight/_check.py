@@ -141,9 +141,11 @@ def slice_mesh(topology: str, axes: Mapping[str, int] | None = None) -> Mesh:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # Both cores of such a chip are one device, unless told otherwise.
+    cores = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
     try:
-        found = topologies.get_topology_desc(topology, platform="tpu").devices
-    except (RuntimeError, ValueError) as error:
+        found = topologies.get_topology_desc(topology, platform="tpu", **cores).devices
+    except (ImportError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"topology: got {topology!r}; expected one such as v5e:16x16, and libtpu "
             f"installed (pip install 'kdjax[tpu]'). {error}"

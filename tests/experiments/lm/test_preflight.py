@@ -1,5 +1,7 @@
 """The step of the language models, compiled for meshes and slices beforehand."""
 
+import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -29,6 +31,10 @@ SMALL = {
     "rms_norm_eps": 1e-5,
 }
 ROWS, CONTEXT = 16, 256
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,7 @@ def product_flops(options):
     return 3 * forward(options.student), forward(options.teacher)
 
 
+@needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_slice_does_the_products_that_the_shapes_ask_for(options, accumulate):
@@ -80,6 +87,39 @@ def test_a_slice_does_the_products_that_the_shapes_ask_for(options, accumulate):
     assert report.costs.unknown_loops == 0
     assert report.fits
     assert set(report.seconds) == {"products", "memory traffic", "links"}
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_four_times_as_many_chips_do_four_times_as_much(options):
+    small, large = (
+        preflight.check(
+            lm.plan(given, mesh, Levers(teacher_dtype="bfloat16", remat=True)), mesh
+        )
+        for given, mesh in (
+            (options, preflight.slice_mesh("v5e:4x4", {"fsdp": 4, "tensor": 4})),
+            (
+                dataclasses.replace(options, batch_size=4 * ROWS),
+                preflight.slice_mesh("v5e:8x8", {"fsdp": 16, "tensor": 4}),
+            ),
+        )
+    )
+    assert large.costs.flops == pytest.approx(small.costs.flops, rel=0.01)
+    assert large.costs.traffic == pytest.approx(small.costs.traffic, rel=0.1)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_billion_parameters_learn_from_eight():
+    mesh = preflight.slice_mesh("v5e:16x16", {"fsdp": 32, "tensor": 8})
+    levers = Levers(teacher_dtype="bfloat16", accumulate=8, remat=True)
+    report = preflight.check(lm.plan(lm.Options(), mesh, levers), mesh)
+    assert report.fits
+    assert report.gathered(128_256) == []
+    # 32 layers with attention to 4096 tokens, and the head, for as many on each chip.
+    layer = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14_336 + 2 * 4096 * 4096
+    teacher = 2 * 4096 * (32 * layer + 4096 * 128_256)
+    assert report.costs.teacher_flops == pytest.approx(teacher, rel=1e-3)
 
 
 @pytest.mark.slow
