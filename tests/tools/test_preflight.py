@@ -155,6 +155,23 @@ def test_padding_is_not_counted():
     assert preflight.costs(text.as_text()).flops == 2 * (1 + 2 + 3 + 3 + 2 + 1)
 
 
+def test_products_that_a_gpu_leaves_to_a_library():
+    numbers = '"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"]'
+    text = f"""HloModule jit_f, num_partitions=4
+
+ENTRY %main (a: bf16[3,4,5], b: bf16[3,5,6]) -> bf16[3,4,6] {{
+  %a = bf16[3,4,5]{{2,1,0}} parameter(0)
+  %b = bf16[3,5,6]{{2,1,0}} parameter(1)
+  %both = (bf16[3,4,6]{{2,1,0}}, s8[99]{{0}}) custom-call(%a, %b), \
+custom_call_target="__cublas$gemm", metadata={{op_name="jit(f)/teacher/dot_general"}}, \
+backend_config={{"gemm_backend_config":{{"dot_dimension_numbers":{{{numbers}}}}}}}
+  ROOT %product = bf16[3,4,6]{{2,1,0}} get-tuple-element(%both), index=0
+}}
+"""
+    assert preflight.costs(text).teacher_flops == 2 * 3 * 4 * 5 * 6
+    assert preflight.costs(text.replace("teacher", "my_teacher")).teacher_flops == 0
+
+
 def test_loops_that_end_by_their_data_are_told():
     def halved(x):
         return jax.lax.while_loop(lambda x: x.sum() > 1, lambda x: x @ x / 2, x)

@@ -22,6 +22,8 @@ KINDS = (
 # What a chip sends and receives for one byte of the larger side, along a ring of n.
 _MOVED = {"all-reduce": 2.0, "collective-permute": 1.0}
 
+# The scope that teachers' outputs are traced in.
+_TEACHER = re.compile(r"\bteacher\b")
 _GROUP_LIST = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _GROUP_IOTA = re.compile(r"replica_groups=\[(\d+(?:,\d+)*)\]<=")
 _GROUP_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
@@ -72,7 +74,8 @@ class Costs(NamedTuple):
 
     Attributes:
       teacher_flops: of the matrix products and convolutions of the teacher, two for a
-        multiplication with its addition; those in loops as often as they run.
+        multiplication with its addition; those in loops as often as they run. What a
+        GPU leaves to cuDNN is not known.
       student_flops: of all others.
       traffic: bytes read from and written to main memory.
       collectives: one by one.
@@ -101,7 +104,8 @@ def costs(text: str) -> Costs:
     collectives: dict[str, Collective] = {}
     for computation, times, fused in runs:
         for each in computation.instructions.values():
-            flops["teacher" in each.source] += times * _flops(each, computation)
+            of_teacher = _TEACHER.search(each.source) is not None
+            flops[of_teacher] += times * _flops(each, computation)
             if not fused:
                 traffic += times * _traffic(each, computation, program)
             found = _collective(each, computation, times, devices)
