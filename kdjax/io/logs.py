@@ -169,7 +169,8 @@ class ProgressBar:
         *,
         console: Console | None = None,
     ):
-        self._shown = ("loss", fidelity, "examples_per_second")
+        speed = "examples_per_second", "model_flops_utilization"
+        self._shown = ("loss", fidelity, *speed)
         self._latest: dict[str, float] = {}
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("step"),

@@ -119,15 +119,17 @@ def test_tensorboard_writes_no_file_before_the_first_record(tmp_path):
 
 def test_progress_bar_shows_loss_fidelity_and_speed():
     screen = io.StringIO()
-    bar = ProgressBar(20, console=Console(file=screen, width=160, force_terminal=True))
+    bar = ProgressBar(20, console=Console(file=screen, width=200, force_terminal=True))
     bar.write(10, {"loss": 0.25, "kl": 3.0}, "train")
     bar.write(10, {"agreement": 0.875}, "eval")
     bar.write(10, {"examples_per_second": 1234.0, "step_ms_p50": 2.0}, "speed")
+    bar.write(10, {"model_flops_utilization": 0.5}, "speed")
     bar.flush()
     bar.close()
     shown = screen.getvalue()
     for text in ("10/20", "loss 0.25", "agreement 0.875", "examples_per_second 1234"):
         assert text in shown
+    assert "model_flops_utilization 0.5" in shown
     assert "kl" not in shown
 
 
