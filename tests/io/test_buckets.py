@@ -1,6 +1,7 @@
 """Folders in buckets: real libraries against servers that hold buckets in memory."""
 
 import json
+from http import HTTPStatus
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,20 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture
 def google(monkeypatch):
     """A bucket of Google's, for this process and those that it starts."""
-    server_module = pytest.importorskip("gcp_storage_emulator.server")
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    download = emulator.objects.download
+
+    def with_generation(request, response, storage):
+        """With what Google's own servers tell too, and TensorStore looks for."""
+        download(request, response, storage)
+        if response.status != HTTPStatus.NOT_FOUND:
+            asked = request.params["bucket_name"], request.params["object_id"]
+            told = storage.get_file_obj(*asked)["generation"]
+            response["x-goog-generation"] = told
+
+    monkeypatch.setattr(emulator.objects, "download", with_generation)
     port = free_port()
-    server = server_module.create_server(
+    server = emulator.create_server(
         "127.0.0.1", port, in_memory=True, default_bucket="bucket"
     )
     server.start()
