@@ -83,7 +83,7 @@ def test_one_of_two_is_killed_ten_times(tmp_path, cache, alone):
     assert_same(folder, alone)
 
 
-@pytest.mark.parametrize("told", [[0], [1], [0, 1]])
+@pytest.mark.parametrize("told", [[1], [0, 1]])
 def test_sigterm_to_any_saves_on_both_at_the_same_step(tmp_path, cache, alone, told):
     folder = tmp_path / "run"
     with start(folder, cache) as processes:
