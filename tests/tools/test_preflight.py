@@ -172,6 +172,26 @@ backend_config={{"gemm_backend_config":{{"dot_dimension_numbers":{{{numbers}}}}}
     assert preflight.costs(text.replace("teacher", "my_teacher")).teacher_flops == 0
 
 
+def test_what_goes_on_in_a_thread_of_its_own_counts_once():
+    text = """HloModule jit_f, num_partitions=4
+
+%sent (a: f32[8]) -> f32[32] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %all = f32[32]{0} all-gather(%a), channel_id=1, replica_groups=[1,4]<=[4]
+}, execution_thread="sparsecore"
+
+ENTRY %main (b: f32[8]) -> f32[32] {
+  %b = f32[8]{0} parameter(0)
+  %start = ((f32[8]{0}), f32[32]{0}, u32[]) async-start(%b), calls=%sent
+  %going = ((f32[8]{0}), f32[32]{0}, u32[]) async-update(%start), calls=%sent
+  ROOT %done = f32[32]{0} async-done(%going), calls=%sent
+}
+"""
+    (found,) = preflight.costs(text).collectives
+    assert (found.kind, found.times, found.payload) == ("all-gather", 1, 4 * 32)
+    assert found.moved == 4 * 32 * 3 / 4
+
+
 def test_loops_that_end_by_their_data_are_told():
     def halved(x):
         return jax.lax.while_loop(lambda x: x.sum() > 1, lambda x: x @ x / 2, x)

@@ -144,7 +144,7 @@ class Program(NamedTuple):
             if head := _COMPUTATION.match(line):
                 name, lines = head.group(2), {}
                 entry = name if head.group(1) else entry
-            elif line == "}":
+            elif line.startswith("}"):
                 computations[name] = Computation(lines, root)
             elif found := _INSTRUCTION.match(line):
                 is_root, own, rest = found.groups()
