@@ -42,7 +42,7 @@ class Config:
     """Students of every method; each seed has its own weights and passage of text."""
     characters: int = 100_000
     """Of the passage that a student learns from; 0 for all of the training text."""
-    steps: int = 300
+    steps: int = 600
     """Of every student."""
     batch_size: int = 16
     """Rows per step, over all devices."""
