@@ -138,13 +138,18 @@ def pmap_step(
     everywhere = jax.devices() if devices is None else devices
     own = [each for each in everywhere if each.process_index == jax.process_index()]
     mesh = Mesh(np.asarray(own), (axis_name,), axis_types=(AxisType.Auto,))
-    target = NamedSharding(mesh, PartitionSpec(axis_name))
+    split = NamedSharding(mesh, PartitionSpec(axis_name))
+    whole = NamedSharding(mesh, PartitionSpec())
 
     def run(
         state: DistillState, frozen: PyTree, batch: Batch
     ) -> tuple[DistillState, dict[str, Mean]]:
         parts = {name: _parts(name, array, len(own)) for name, array in batch.items()}
-        return mapped(state, frozen, jax.device_put(parts, target))
+        if jax.process_count() > 1:
+            # A donated state that lies on one device alone is deleted before it is read
+            # (jax 0.10.2).
+            state, frozen = jax.device_put((state, frozen), whole)
+        return mapped(state, frozen, jax.device_put(parts, split))
 
     return run
 

@@ -92,7 +92,8 @@ def cache(tmp_path_factory):
 
 
 def newest(folder):
-    return max((int(path.name) for path in folder.glob("[0-9]*")), default=0)
+    steps = [int(each.name) for each in folder.glob("*") if each.name.isdigit()]
+    return max(steps, default=0)
 
 
 @pytest.mark.slow

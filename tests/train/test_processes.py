@@ -126,8 +126,10 @@ def test_other_processes_and_meshes_go_on(
         processes.finish()
     got, expected = map(records, (folder, two_by_two))
     for record, other in zip(got, expected, strict=True):
-        # Those of the first 20 steps were not written again.
-        tolerance = 0 if other["step"] <= 20 else 1e-9
+        # Those of the first 20 steps were not written again. Calibration is summed up
+        # in float32.
+        tolerance = 1e-9 if other["kind"] == "train" else 1e-6
+        tolerance = tolerance if other["step"] > 20 else 0
         for name, value in other.items():
             if name != "kind":
                 value = pytest.approx(value, rel=tolerance, abs=1e-12)
