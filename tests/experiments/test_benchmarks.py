@@ -34,6 +34,7 @@ def test_inputs_are_the_same_for_every_process():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_both_steps_do_the_same():
     size = step.SIZES["tiny"]
     sides = [step.with_kdjax(size), step.by_hand(size)]

@@ -315,7 +315,9 @@ def published(case):
 FUSED = [name for name, case in CASES.items() if case["loss"].startswith("fused")]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", FUSED)
 def test_published_values(name, dtype):
     case, tolerance = CASES[name], 1e-6 if dtype == jnp.float32 else 1e-9

@@ -221,7 +221,14 @@ def two_checkpoints(tmp_path_factory):
     return folder, held
 
 
-@pytest.mark.parametrize("damage", [cut, empty, delete, flip])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(pytest.param(damage, marks=pytest.mark.slow) for damage in (cut, delete)),
+        empty,
+        flip,
+    ],
+)
 def test_no_damage_to_any_file_gives_wrong_numbers(
     tmp_path, two_checkpoints, damage, caplog
 ):

@@ -357,6 +357,7 @@ def test_float32(name):
     assert_matches(name, jnp.float32, 1e-6, AS_FOR_USERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_float64(name):
     with jax.enable_x64(True):

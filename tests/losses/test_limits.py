@@ -300,6 +300,7 @@ def test_relations_see_preferences_not_sureness():
     close(losses.inter_class_relation(sure, -unsure), [2.0])
 
 
+@pytest.mark.slow
 def test_constant_relations_are_0():
     flat = jnp.full((4, 8), 0.1)  # a mean of eight 0.1s is not 0.1 in float32
     for loss in (losses.inter_class_relation, losses.intra_class_relation):

@@ -113,6 +113,7 @@ def test_blocks_hold_whole_rows(leading, classes, block, monkeypatch):
     assert _rows._block(leading, classes) == block
 
 
+@pytest.mark.slow
 def test_vmap_and_second_derivatives_in_blocks(in_blocks, x64):
     student, teacher, _ = draw((3, 6, 4))
 

@@ -78,6 +78,7 @@ def steps(state, devices, numbers):
     return state, values
 
 
+@pytest.mark.slow
 def test_a_memory_over_a_mesh_is_that_of_one_device():
     state, _, _ = training()
     ends = {}

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.benchmarks import traffic
 from kdjax import models, objectives, teachers
 from kdjax.objectives import projectors
+from kdjax.tools.preflight import slice_mesh
 from kdjax.train import (
     init_state,
     largest_axes,
@@ -165,7 +166,7 @@ def test_refuses_a_memory_that_devices_do_not_have():
 
 @pytest.mark.skipif(not traffic.available(), reason="libtpu is not installed")
 def test_on_a_slice_the_resting_teacher_is_no_memory_of_the_chips():
-    mesh = Mesh(traffic.devices(), "data", axis_types=(AxisType.Auto,))
+    mesh = slice_mesh("v5e:4x4")
     kernel = jax.ShapeDtypeStruct((512, 512), jnp.float32)
     net = models.from_apply(lambda w, batch: batch["x"] @ w, kernel)
     teacher, frozen = teachers.frozen(net)

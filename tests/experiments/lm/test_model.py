@@ -247,6 +247,7 @@ def test_layers_and_attention_are_features_by_path(remat):
     assert seen[1, :, 7, 5:].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
     [

@@ -20,7 +20,13 @@ from tests.experiments.lm.test_model import CONFIG, QWEN, params_of
 REFERENCE = Path(__file__).parent / "reference"
 MODELS = ("llama", "llama-3", "qwen-2", "qwen-3")
 
-every_model = pytest.mark.parametrize("name", MODELS)
+every_model = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "llama" else pytest.mark.slow)
+        for name in MODELS
+    ],
+)
 
 
 @functools.cache
