@@ -179,4 +179,6 @@ def _in_blocks(
     unwritten = jax.tree.map(
         lambda part: jax.lax.empty((*leading, part.shape[-1]), part.dtype), shapes
     )
-    return jax.lax.fori_loop(0, math.prod(steps), fill, unwritten)
+    # XLA has one core write a block's derivatives into their place; another one finds
+    # the sums of the next block meanwhile, if both are in one round.
+    return jax.lax.fori_loop(0, math.prod(steps), fill, unwritten, unroll=2)
