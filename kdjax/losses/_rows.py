@@ -152,33 +152,39 @@ def _in_blocks(
     """``of_rows(*arrays)``, arrays ``[..., n]`` like those that it is given."""
     steps = [math.ceil(n / b) for n, b in zip(leading, block, strict=True)]
 
-    def of_block(step: Array | int) -> tuple[list[Array], Any]:
-        places = jnp.unravel_index(step, steps)
-        # The last block reaches back into the one before, and finds the same again.
-        start = [
-            jnp.minimum(place * b, n - b)
-            for place, b, n in zip(places, block, leading, strict=True)
-        ]
-        taken = (
-            jax.lax.dynamic_slice(each, (*start, 0), (*block, each.shape[-1]))
-            if each.ndim
-            else each
-            for each in arrays
+    def of_block(start: tuple[Array, ...], *arrays: Array) -> Any:
+        return of_rows(
+            *(
+                jax.lax.dynamic_slice(each, (*start, 0), (*block, each.shape[-1]))
+                if each.ndim
+                else each
+                for each in arrays
+            )
         )
-        return start, of_rows(*taken)
+
+    def unwritten(rows: list[int]) -> Any:
+        return jax.tree.map(
+            lambda part: jax.lax.empty((*rows, part.shape[-1]), part.dtype), shapes
+        )
 
     def fill(step: Array, filled: Any) -> Any:
-        start, part = of_block(step)
+        places = jnp.unravel_index(step, steps)
+        # The last block reaches back into the one before, and finds the same again.
+        start = tuple(
+            jnp.minimum(place * b, n - b)
+            for place, b, n in zip(places, block, leading, strict=True)
+        )
+        # Always so, but XLA cannot know: else it would join the derivative with its
+        # way into its place, and that is work for one core.
+        part = jax.lax.cond(
+            step >= 0, of_block, lambda *_: unwritten(block), start, *arrays
+        )
         put = jax.lax.dynamic_update_slice
         return jax.tree.map(
             lambda all_, some: put(all_, some, (*start, 0)), filled, part
         )
 
-    shapes = jax.eval_shape(lambda: of_block(0)[1])
-    # Every row is written; writing zeros first would cost another pass.
-    unwritten = jax.tree.map(
-        lambda part: jax.lax.empty((*leading, part.shape[-1]), part.dtype), shapes
-    )
-    # XLA has one core write a block's derivatives into their place; another one finds
-    # the sums of the next block meanwhile, if both are in one round.
-    return jax.lax.fori_loop(0, math.prod(steps), fill, unwritten, unroll=2)
+    shapes = jax.eval_shape(of_block, (0,) * len(block), *arrays)
+    # Two blocks in a round: one core puts a derivative into its place, while another
+    # begins the next block.
+    return jax.lax.fori_loop(0, math.prod(steps), fill, unwritten(leading), unroll=2)
