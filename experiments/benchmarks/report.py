@@ -70,15 +70,16 @@ def interleaved(
 ) -> dict[str, list[Sample]]:
     """Runs all in turn, again and again, so that noise of the machine hits all alike.
 
-    One round before the first is not counted. Before each run the memory of the one
-    before goes back to the system, which takes a while of its own.
+    Every other round goes backwards: what a run finds depends on the one before it. One
+    round before the first is not counted. Before each run the memory of the one before
+    goes back to the system, which takes a while of its own.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in runs}
     for round_ in range(repeats + 1):
-        for name, run in runs.items():
+        for name in list(runs)[:: -1 if round_ % 2 else 1]:
             gc.collect()
             time.sleep(pause)
-            sample = run()
+            sample = runs[name]()
             if round_:
                 samples[name].append(sample)
     return samples

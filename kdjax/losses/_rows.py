@@ -185,6 +185,6 @@ def _in_blocks(
         )
 
     shapes = jax.eval_shape(of_block, (0,) * len(block), *arrays)
-    # Two blocks in a round: one core puts a derivative into its place, while another
-    # begins the next block.
-    return jax.lax.fori_loop(0, math.prod(steps), fill, unwritten(leading), unroll=2)
+    # Several blocks in a round: one core puts a derivative into its place, while others
+    # begin the next block.
+    return jax.lax.fori_loop(0, math.prod(steps), fill, unwritten(leading), unroll=4)
