@@ -19,6 +19,10 @@ SUMMED_BYTES = 2**26
 """Of a gradient that are summed over devices at a time: 64 MiB."""
 
 
+PRODUCTS_BYTES, LEAST_CLASSES = 2**22, 1024
+"""Of a product that a CPU adds to a gradient at a time, while it is in the caches."""
+
+
 class Plan(NamedTuple):
     """How tokens are gone through.
 
@@ -209,10 +213,11 @@ def _over_chunks(
         counting &= start + jnp.arange(size) >= index * size
         if gradient is None:
             return None, _values(plan.loss, here, there, counting)
-        sums, more = _values_and_gradient(plan.loss, here, there, counting)
+        sums, more, slopes = _values_and_gradient(plan.loss, here, there, counting)
         hidden = of_chunk(gradient.hidden) + more.hidden
         hidden = jax.lax.dynamic_update_slice_in_dim(gradient.hidden, hidden, start, 0)
-        head = jax.tree.map(jnp.add, gradient.head, more.head)
+        head = {name: gradient.head[name] + by for name, by in more.head.items()}
+        head["kernel"] = _with_products(gradient.head["kernel"], *slopes)
         return Gradient(hidden, head), sums
 
     zeros = _zeros(student) if differentiate else None
@@ -251,6 +256,38 @@ def _zeros(student: LinearHead) -> Gradient:
 def _product(equation: str, *arrays: Array) -> Array:
     """Of two matrices, in float32 at least: on a TPU at no cost to bfloat16."""
     return jnp.einsum(equation, *arrays, preferred_element_type=wide_dtype(*arrays))
+
+
+def _with_products(kernel: Array, hidden: Array, slopes: Array) -> Array:
+    """The kernel's gradient ``[D, V]``, to which that of a chunk is added."""
+
+    def at_once(kernel: Array, hidden: Array, slopes: Array) -> Array:
+        return kernel + _product("nd,nv->dv", hidden, slopes)
+
+    def in_parts(kernel: Array, hidden: Array, slopes: Array) -> Array:
+        parts, rest = divmod(classes, size)
+
+        def add(start: Array | int, size: int, kernel: Array) -> Array:
+            some, there = (
+                jax.lax.dynamic_slice_in_dim(each, start, size, 1)
+                for each in (kernel, slopes)
+            )
+            some = at_once(some, hidden, there)
+            return jax.lax.dynamic_update_slice_in_dim(kernel, some, start, 1)
+
+        kernel = jax.lax.fori_loop(
+            0, parts, lambda index, kernel: add(index * size, size, kernel), kernel
+        )
+        return add(classes - rest, rest, kernel) if rest else kernel
+
+    width, classes = kernel.shape
+    size = max(LEAST_CLASSES, PRODUCTS_BYTES // (width * kernel.dtype.itemsize))
+    # A loop over classes that lie on several devices would gather them all.
+    if size >= classes or jax.device_count() > 1:
+        return at_once(kernel, hidden, slopes)
+    return jax.lax.platform_dependent(
+        kernel, hidden, slopes, cpu=in_parts, default=at_once
+    )
 
 
 def _multiplied(student: LinearHead, counts: Array) -> tuple[Array, Array]:
@@ -312,8 +349,11 @@ def _values_and_gradient(
     student: LinearHead,
     others: PyTree,
     counts: Array,
-) -> tuple[tuple[Array, PyTree], Gradient]:
-    """The sums of one chunk, and the gradient of the first by the student."""
+) -> tuple[tuple[Array, PyTree], Gradient, tuple[Array, Array]]:
+    """The sums of one chunk, and the gradient of the first by the student.
+
+    That by the kernel is in two factors, hidden states and slopes.
+    """
     hidden, products = _multiplied(student, counts)
     of_logits = _loss_of(loss, others, counts)
     # One per token, so that what does not count can be left out of their gradients.
@@ -335,8 +375,7 @@ def _values_and_gradient(
     # In the dtype that logits multiplied out would have, and so their gradient.
     slopes = by_products.astype(jnp.result_type(hidden, student.kernel))
     head = {name: by.sum() for name, by in by_numbers.items()}
-    head["kernel"] = _product("nd,nv->dv", hidden, slopes)
     if student.bias is not None:
         head["bias"] = by_products.sum(0)
     by_hidden = _product("nv,dv->nd", slopes, student.kernel)
-    return sums, Gradient(by_hidden.astype(hidden.dtype), head)
+    return sums, Gradient(by_hidden.astype(hidden.dtype), head), (hidden, slopes)

@@ -13,9 +13,9 @@ from jax import Array
 from kdjax.losses._rows import wide_dtype
 from kdjax.types import LinearHead
 
-CHUNK_BYTES = 3 * 2**24
+CHUNK_BYTES = 2**26
 """Memory for a chunk's logits of student and teacher and their gradient, on each
-device, by default: 48 MiB."""
+device, by default: 64 MiB."""
 
 LEAST_TOKENS = 128
 """Tokens of a chunk by default at least, whatever their logits take: with fewer, matrix

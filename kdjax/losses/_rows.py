@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -126,9 +126,10 @@ def _evaluated(
 
     here = functools.partial(at_once, rule.sums)
     elsewhere = {}
-    block = _block(leading, classes)
-    if block != leading and jax.device_count() == 1:
-        elsewhere["cpu"] = functools.partial(_in_blocks, here, leading, block)
+    block = max(1, _BLOCK // max(1, classes))
+    if block < math.prod(leading) and jax.device_count() == 1:
+        places = [len(tops) + index for index in by]
+        elsewhere["cpu"] = functools.partial(_in_blocks, here, block, places, leading)
     if rule.sums_on_tpu:
         elsewhere["tpu"] = functools.partial(at_once, rule.sums_on_tpu)
     if not elsewhere:
@@ -136,55 +137,66 @@ def _evaluated(
     return jax.lax.platform_dependent(*tops, *inputs, default=here, **elsewhere)
 
 
-def _block(leading: list[int], classes: int) -> list[int]:
-    """The shape of a block of rows: all of the last axes, and some of one more."""
-    rows = max(1, _BLOCK // max(1, classes))
-    block: list[int] = []
-    for size in reversed(leading):
-        block.insert(0, min(size, rows))
-        rows = max(1, rows // max(1, size))
-    return block
-
-
 def _in_blocks(
-    of_rows: Callable[..., Any], leading: list[int], block: list[int], *arrays: Array
-) -> Any:
-    """``of_rows(*arrays)``, arrays ``[..., n]`` like those that it is given."""
-    steps = [math.ceil(n / b) for n, b in zip(leading, block, strict=True)]
+    of_rows: Callable[..., Any],
+    size: int,
+    places: Sequence[int],
+    leading: Sequence[int],
+    *arrays: Array,
+) -> tuple[Array, list[Array]]:
+    """``of_rows(*arrays)`` for ``[*leading, n]``, so many rows at a time.
 
-    def of_block(start: tuple[Array, ...], *arrays: Array) -> Any:
-        return of_rows(
-            *(
-                jax.lax.dynamic_slice(each, (*start, 0), (*block, each.shape[-1]))
-                if each.ndim
-                else each
-                for each in arrays
-            )
+    A derivative takes the place of the array that it is by, whose rows are read before
+    they are written over: logits that nothing else needs take no memory beside their
+    gradient.
+    """
+    rows = math.prod(leading)
+    given = [each.reshape(rows, -1) if each.ndim else each for each in arrays]
+
+    def of_block(start: Array | int, size: int, *arrays: Array) -> Any:
+        take = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size
         )
+        return of_rows(*(take(each) if each.ndim else each for each in arrays))
 
-    def unwritten(rows: list[int]) -> Any:
+    def unwritten(rows: int) -> tuple[Array, list[Array]]:
         return jax.tree.map(
-            lambda part: jax.lax.empty((*rows, part.shape[-1]), part.dtype), shapes
+            lambda part: jax.lax.empty((rows, part.shape[-1]), part.dtype), shapes
         )
 
-    def fill(step: Array, filled: Any) -> Any:
-        places = jnp.unravel_index(step, steps)
-        # The last block reaches back into the one before, and finds the same again.
-        start = tuple(
-            jnp.minimum(place * b, n - b)
-            for place, b, n in zip(places, block, leading, strict=True)
-        )
+    def fill(start: Array, size: int, filled: tuple[Array, list[Array]]) -> Any:
+        current = list(given)
+        for place, derivative in zip(places, filled[1], strict=True):
+            if place in replaced:
+                current[place] = derivative
         # Always so, but XLA cannot know: else it would join the derivative with its
         # way into its place, and that is work for one core.
         part = jax.lax.cond(
-            step >= 0, of_block, lambda *_: unwritten(block), start, *arrays
+            start >= 0,
+            lambda start, *arrays: of_block(start, size, *arrays),
+            lambda *_: unwritten(size),
+            start,
+            *current,
         )
-        put = jax.lax.dynamic_update_slice
-        return jax.tree.map(
-            lambda all_, some: put(all_, some, (*start, 0)), filled, part
+        put = functools.partial(
+            jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0
         )
+        return jax.tree.map(put, filled, part)
 
-    shapes = jax.eval_shape(of_block, (0,) * len(block), *arrays)
-    # Several blocks in a round: one core puts a derivative into its place, while others
-    # begin the next block.
-    return jax.lax.fori_loop(0, math.prod(steps), fill, unwritten(leading), unroll=4)
+    shapes = jax.eval_shape(functools.partial(of_block, 0, size), *given)
+    value, derivatives = unwritten(rows)
+    replaced = set()
+    for index, place in enumerate(places):
+        if jax.typeof(given[place]) == jax.typeof(derivatives[index]):
+            derivatives[index] = given[place]
+            replaced.add(place)
+    blocks, rest = divmod(rows, size)
+    filled = jax.lax.fori_loop(
+        0,
+        blocks,
+        lambda index, filled: fill(index * size, size, filled),
+        (value, derivatives),
+    )
+    if rest:
+        filled = fill(jax.lax.optimization_barrier(rows - rest), rest, filled)
+    return jax.tree.map(lambda each: each.reshape(*leading, -1), filled)

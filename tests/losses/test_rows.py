@@ -35,11 +35,15 @@ def draw(shape, dtype=np.float64, distance=None):
     return *sides, jnp.asarray(labels)
 
 
+def loss_of(name, student, teacher, labels, **options):
+    sides = (student,) if name == "cross_entropy" else (student, teacher)
+    extra = (labels,) if name in OF_LABELS else ()
+    return getattr(losses, name)(*sides, *extra, **options)
+
+
 def value_and_gradients(name, student, teacher, labels, **options):
     def loss(student, teacher):
-        sides = (student,) if name == "cross_entropy" else (student, teacher)
-        extra = (labels,) if name in OF_LABELS else ()
-        return getattr(losses, name)(*sides, *extra, **options)
+        return loss_of(name, student, teacher, labels, **options)
 
     @jax.jit
     def program(student, teacher):
@@ -59,12 +63,12 @@ def x64():
 
 @pytest.fixture
 def in_blocks(monkeypatch):
-    """As on one CPU, with blocks of 16 entries; tells how many loops were made."""
+    """As on one CPU, with blocks of 16 entries; tells whether there were any."""
     loops = []
     of_blocks = _rows._in_blocks
 
     def counted(*args):
-        loops.append(args[2])
+        loops.append(args)
         return of_blocks(*args)
 
     def use():
@@ -77,7 +81,7 @@ def in_blocks(monkeypatch):
     jax.clear_caches()
 
 
-# Blocks that fit, that overlap, over two axes, of one row each.
+# Blocks that fit, with a rest, over two axes, of one row each.
 SHAPES = [(8, 4), (7, 4), (3, 5, 4), (5, 2, 3), (2, 3, 9)]
 
 
@@ -95,22 +99,24 @@ def test_blocks_equal_the_whole(name, shape, in_blocks, x64):
         np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize(
-    ("leading", "classes", "block"),
-    [
-        ([], 4, []),
-        ([3], 4, [3]),
-        ([9], 4, [4]),
-        ([9], 99, [1]),
-        ([5, 2], 4, [2, 2]),
-        ([5, 3], 4, [1, 3]),
-        ([5, 9], 4, [1, 4]),
-        ([2, 5, 9], 1, [1, 1, 9]),
-    ],
-)
-def test_blocks_hold_whole_rows(leading, classes, block, monkeypatch):
-    monkeypatch.setattr(_rows, "_BLOCK", 16)
-    assert _rows._block(leading, classes) == block
+# As many rows as blocks have, and some more.
+@pytest.mark.parametrize("rows", [64, 67])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradient_takes_the_place_of_logits(name, rows, in_blocks, monkeypatch):
+    in_blocks()
+    monkeypatch.setattr(_rows, "_BLOCK", 1024)
+    logits = jax.ShapeDtypeStruct((rows, 256), jnp.float32)
+    labels = jnp.zeros(rows, int)
+
+    def total(student, teacher):
+        return loss_of(name, student, teacher, labels).sum()
+
+    def of_made(student, teacher):
+        return jax.grad(total)(2 * student, teacher).sum()
+
+    memory = jax.jit(of_made).lower(logits, logits).compile().memory_analysis()
+    whole, blocks = rows * 256 * 4, 10 * 1024 * 4
+    assert whole <= memory.temp_size_in_bytes < whole + blocks
 
 
 @pytest.mark.slow
