@@ -21,7 +21,7 @@ test: $(DEV)  ## Install, and run the whole suite with the doctests
 	$(RUN) pytest -n 2 --dist worksteal $(ARGS)
 
 slow: $(DEV)  ## Run the tests that take more than half a minute each
-	$(RUN) pytest -m slow $(ARGS)
+	$(RUN) pytest -m slow -n 2 --dist worksteal $(ARGS)
 
 lint: $(DEV)  ## Check style and format
 	$(RUN) ruff check

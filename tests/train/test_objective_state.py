@@ -97,6 +97,7 @@ def test_a_memory_over_a_mesh_is_that_of_one_device():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 4])
 def test_trained_parts_and_memory_survive_a_kill_and_another_mesh(devices, tmp_path):
     start, _, _ = training()

@@ -66,7 +66,13 @@ def without_cache(config, choose):
         yield text[length : length + NEW].tolist(), log_probs
 
 
-@pytest.mark.parametrize("config", LAYERS, ids=["llama", "qwen"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(LAYERS[0], id="llama"),
+        pytest.param(LAYERS[1], id="qwen", marks=pytest.mark.slow),
+    ],
+)
 def test_greedy_with_a_cache_is_greedy_without(config):
     expected = without_cache(config, lambda scores, step, row: int(scores.argmax()))
     got = continuations(written(config=config))
