@@ -5,7 +5,7 @@
 #   experiments/tpu/tpu_vm.sh my-slice us-west4-a experiments.lm --out gs://my-bucket/lm
 #
 # Read it, then append `| bash`. gcloud must be logged in, with a default project. PYTHON
-# names the interpreter of the hosts, 3.11 or later.
+# names the interpreter of the hosts, 3.11 or later; LIBTPU_INIT_ARGS goes to the job.
 set -euo pipefail
 
 if (($# < 3)); then
@@ -23,7 +23,8 @@ on_all() {
 unpack='mkdir -p kdjax && tar -xzf kdjax.tar.gz -C kdjax'
 install="${PYTHON:-python3} -m venv .venv"
 install+=" && .venv/bin/pip install -q -r requirements-tpu.txt"
-job="cd kdjax && .venv/bin/python -m$(printf ' %q' "$@")"
+settings=${LIBTPU_INIT_ARGS:+LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS@Q} }
+job="cd kdjax && $settings.venv/bin/python -m$(printf ' %q' "$@")"
 
 echo "set -euo pipefail"
 echo "# What is committed, to every host."

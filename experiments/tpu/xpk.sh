@@ -6,7 +6,8 @@
 #     experiments.lm --out gs://my-bucket/lm
 #
 # Read it, then append `| bash`, in the root of the checkout: xpk puts that into the
-# image. gcloud must be logged in, with a default project.
+# image. gcloud must be logged in, with a default project. LIBTPU_INIT_ARGS goes to the
+# job.
 set -euo pipefail
 
 if (($# < 5)); then
@@ -15,7 +16,9 @@ if (($# < 5)); then
 fi
 cluster=$1 zone=$2 type=$3 workload=$4
 shift 4
-job="pip install -q -r requirements-tpu.txt && exec python -m$(printf ' %q' "$@")"
+settings=${LIBTPU_INIT_ARGS:+LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS@Q} }
+job="pip install -q -r requirements-tpu.txt"
+job+=" && ${settings}exec python -m$(printf ' %q' "$@")"
 
 # A workload that lost a host starts again, from the last checkpoint.
 printf 'xpk workload create --cluster=%q --zone=%q --tpu-type=%q --workload=%q' \

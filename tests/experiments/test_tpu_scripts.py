@@ -76,6 +76,16 @@ def test_workloads_have_cluster_type_and_command():
     assert r"python -m experiments.digits --out gs://bucket/a\ b" in line
 
 
+@pytest.mark.parametrize("name", ["tpu_vm.sh", "xpk.sh"])
+def test_options_of_the_compiler_go_to_the_hosts(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_a=1 --xla_b=2")
+    text = printed(name)
+    (tmp_path / "printed.sh").write_text(text)
+    check(tmp_path / "printed.sh")
+    # Once more in quotes, as part of a command for another shell.
+    assert "LIBTPU_INIT_ARGS='\\''--xla_a=1 --xla_b=2'\\'' " in text
+
+
 def test_batch_files_have_a_process_for_each_gpu_and_time_to_save():
     text = printed("slurm.sh")
     for option in (
