@@ -52,13 +52,10 @@ def test_temperature_to_infinity(name, hyper, curvature):
     close(got, curvature * difference.var(-1) / 2, 2e-3)
 
 
-@pytest.mark.parametrize(
-    ("name", "hyper", "curvature"),
-    [
-        CURVATURES[0],
-        *(pytest.param(*row, marks=pytest.mark.slow) for row in CURVATURES[1:]),
-    ],
-)
+SLOW = [pytest.param(*row, marks=pytest.mark.slow) for row in CURVATURES[1:]]
+
+
+@pytest.mark.parametrize(("name", "hyper", "curvature"), [CURVATURES[0], *SLOW])
 def test_second_derivative_at_equality(name, hyper, curvature):
     """Fisher's information times f''(1): diag(p) - p p'."""
     teacher = TEACHER[0]

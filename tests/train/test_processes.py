@@ -61,6 +61,8 @@ def alone(tmp_path_factory, cache):
     return folder
 
 
+# Each kill is a start of Python and of JAX more, beside whatever else runs.
+@pytest.mark.timeout(1500)
 def test_one_of_two_is_killed_ten_times(tmp_path, cache, alone):
     """The other ends in time with a message; the next two go on where they were."""
     moments, folder = random.Random(0), tmp_path / "run"

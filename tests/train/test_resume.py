@@ -117,6 +117,8 @@ def test_killed_before_the_first_checkpoint(tmp_path, alone, cache):
     assert_same(tmp_path, alone)
 
 
+# Each kill is a start of Python and of JAX more, beside whatever else runs.
+@pytest.mark.timeout(1500)
 @pytest.mark.slow
 def test_killed_at_ten_random_moments(tmp_path, alone, cache):
     moments = random.Random(0)
