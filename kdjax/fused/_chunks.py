@@ -18,7 +18,6 @@ from kdjax.types import LinearHead, PyTree
 SUMMED_BYTES = 2**26
 """Of a gradient that are summed over devices at a time: 64 MiB."""
 
-
 PRODUCTS_BYTES, LEAST_CLASSES = 2**22, 1024
 """Of a product that a CPU adds to a gradient at a time, while it is in the caches."""
 

@@ -198,5 +198,6 @@ def _in_blocks(
         (value, derivatives),
     )
     if rest:
+        # The barrier hides the number, which would give the condition away.
         filled = fill(jax.lax.optimization_barrier(rows - rest), rest, filled)
     return jax.tree.map(lambda each: each.reshape(*leading, -1), filled)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kdjax import fused, losses
+from kdjax.fused import _chunks
 from kdjax.types import LinearHead, Mean
 from tests.fused import heads
 from tests.losses import cases
@@ -351,3 +352,21 @@ def test_published_values(name, dtype):
         expected = ARRAYS[f"{name}/out/grad/{argument}"]
         error = np.abs(np.asarray(gradient[argument], np.float64) - expected).max()
         assert error <= tolerance * np.abs(expected).max()
+
+
+# As many classes as parts have, and some more.
+@pytest.mark.parametrize("classes", [12, 14])
+def test_a_cpu_adds_to_the_kernels_gradient_part_by_part(classes, monkeypatch):
+    rng = np.random.default_rng(0)
+    kernel, hidden, slopes = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((3, classes), (5, 3), (5, classes))
+    )
+    expected = kernel + hidden.T @ slopes
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(_chunks, "LEAST_CLASSES", 4)
+    monkeypatch.setattr(_chunks, "PRODUCTS_BYTES", 1)
+    found = jax.jit(_chunks._with_products)(kernel, hidden, slopes)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    program = jax.make_jaxpr(_chunks._with_products)(kernel, hidden, slopes)
+    assert "f32[3,4]" in str(program)
