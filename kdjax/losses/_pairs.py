@@ -21,7 +21,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from numpy.polynomial import Chebyshev, Polynomial
 
-from kdjax.losses._rows import Rule, as_columns, largest, wide_dtype
+from kdjax.losses._rows import Rule, as_columns, largest, traced_once, wide_dtype
 
 
 class Pair(NamedTuple):
@@ -33,6 +33,7 @@ class Pair(NamedTuple):
     gap: Array  # q - p, accurate also where they are nearly equal
 
 
+@traced_once
 def excess(p: Array, q: Array, x: Array) -> Array:
     """``p log(p/q) + q - p``, never negative and accurate for small ``x``.
 
@@ -45,6 +46,7 @@ def excess(p: Array, q: Array, x: Array) -> Array:
     return jnp.where(near, p * _second_order(inner), outer)
 
 
+@traced_once
 def _gap(p: Array, q: Array, x: Array) -> Array:
     """``q - p`` to full relative accuracy for small ``x``."""
     near = jnp.abs(x) < 1
@@ -52,6 +54,7 @@ def _gap(p: Array, q: Array, x: Array) -> Array:
     return jnp.where(near, p * (_second_order(inner) - inner), q - p)
 
 
+@traced_once
 def centred(score: Array, weight: Array, mean: Array) -> Array:
     """``weight * (score - mean)``: a derivative by logits from one by probabilities.
 
@@ -61,6 +64,7 @@ def centred(score: Array, weight: Array, mean: Array) -> Array:
     return jnp.where((weight == 0) | jnp.isinf(mean), 0, weight * (score - mean))
 
 
+@traced_once
 def _second_order(x: Array) -> Array:
     """``x + exp(-x) - 1`` for ``|x| <= 1`` by its series, which starts at x²/2."""
     terms = _SERIES if x.dtype == jnp.float64 else _SHORTER
@@ -76,6 +80,7 @@ _SHORTER = (
 )
 
 
+@traced_once
 def exp_and_less_one(x: Array) -> tuple[Array, Array]:
     """``exp(x)`` and ``expm1(x)`` for ``x <= 0``, from one exponential."""
     power = jnp.exp(x)
@@ -84,6 +89,7 @@ def exp_and_less_one(x: Array) -> tuple[Array, Array]:
     return power, jnp.where(near, _second_order(-inner) + inner, power - 1)
 
 
+@traced_once
 def log1p_near(x: Array) -> Array:
     """``log1p(x)`` for ``-0.5 <= x <= 0`` by the series of the hyperbolic tangent."""
     ratio = x / (2 + x)
@@ -128,6 +134,7 @@ class Formula(NamedTuple):
     scores: Callable[..., Totals] | None = None
 
 
+@traced_once
 def _unscaled(
     shifts: Sequence[Array], student: Array, teacher: Array, inverse: Array
 ) -> tuple[Array, Array, Array]:
@@ -160,6 +167,7 @@ class Sums(NamedTuple):
     totals: Totals  # of the formula
 
 
+@traced_once
 def _pair(sums: Sums, student: Array, teacher: Array, inverse: Array) -> Pair:
     p, q, x = _unscaled(sums.shifts, student, teacher, inverse)
     gap = _gap(p, q, x)
@@ -172,6 +180,7 @@ def _sum(terms: Array) -> Array:
     return terms.sum(-1, keepdims=True)
 
 
+@traced_once
 def first_pass(shifts: Tops, student: Array, teacher: Array, inverse: Array) -> Sums:
     """What all formulas need to know before they can look at a class.
 

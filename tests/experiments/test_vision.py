@@ -26,6 +26,7 @@ from kdjax import Outputs, make_train_step, teachers
 from kdjax.io.input import batches
 from kdjax.train import init_state
 from tests.experiments.image_files import CLASSES, SHAPE, write_set
+from tests.marks import rest_slow
 
 
 def viewed(augmentation, batch_size, count=24):
@@ -203,17 +204,15 @@ def test_teacher_and_student_see_the_same_view():
     assert metrics["hard"] > 0
 
 
-# The others run with `pytest -m slow`: each compiles a step of its own.
 FAST = {"at"}
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
-        for name in [*METHODS, "rkd+kd"]
-        if name != "deit"
-    ],
+    rest_slow(
+        [name for name in [*METHODS, "rkd+kd"] if name != "deit"],
+        lambda name: name in FAST,
+    ),
 )
 def test_a_step_by_every_method(name, pair):
     metrics, moved = one_step(name, setup_of(*pair))

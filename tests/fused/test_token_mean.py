@@ -52,29 +52,12 @@ def situations(case):
         yield "classes at -inf", (*out, everywhere)
 
 
-# The others run with `pytest -m slow`: each compiles a program of its own.
-FAST = {
-    "forward_kl",
-    "reverse_kl",
-    "jensen_shannon",
-    "adaptive_kl",
-    "cross_entropy",
-    "knowledge_distillation",
-    "decoupled_kd",
-    "sparse_forward_kl",
-    "sampled_forward_kl",
-}
+FAST = {"jensen_shannon", "knowledge_distillation", "sparse_forward_kl"}
 
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(
-            case, id=case.name, marks=() if case.name in FAST else pytest.mark.slow
-        )
-        for case in cases.CASES
-        if case.gives == "position"
-    ],
+    cases.select(lambda case: case.gives == "position", fast=FAST),
 )
 def test_every_loss_per_token_equals_itself_over_all_logits(case):
     """The battery's table has every loss, so none is forgotten here.

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from kdjax import losses
 from kdjax.types import SampledTargets
 from tests.losses import oracles
+from tests.marks import rest_slow
 
 LOGITS = ("student_logits", "teacher_logits")
 
@@ -238,9 +238,16 @@ APART = {
 }
 
 
-def select(condition=lambda case: True):
-    """Parameters for ``pytest.mark.parametrize("case", ...)``, named."""
-    return [pytest.param(case, id=case.name) for case in CASES if condition(case)]
+def select(condition=lambda case: True, fast=None):
+    """Parameters for ``pytest.mark.parametrize("case", ...)``, named.
+
+    Of a test that compiles much for each, ``fast`` are the names in the fast suite.
+    """
+    return rest_slow(
+        filter(condition, CASES),
+        lambda case: fast is None or case.name in fast,
+        name=lambda case: case.name,
+    )
 
 
 def sample(shape=(4, 8), seed=0, dtype=jnp.float32):

@@ -1,5 +1,7 @@
 """What is known of the losses at the ends of their numbers, and from their papers."""
 
+from operator import itemgetter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from kdjax import losses
 from tests.losses import oracles
 from tests.losses.cases import sample
+from tests.marks import rest_slow
 
 INPUTS = sample()
 STUDENT, TEACHER = INPUTS["student_logits"], INPUTS["teacher_logits"]
@@ -52,12 +55,12 @@ def test_temperature_to_infinity(name, hyper, curvature):
     close(got, curvature * difference.var(-1) / 2, 2e-3)
 
 
-SLOW = [pytest.param(*row, marks=pytest.mark.slow) for row in CURVATURES[1:]]
-
-
-@pytest.mark.parametrize(("name", "hyper", "curvature"), [CURVATURES[0], *SLOW])
-def test_second_derivative_at_equality(name, hyper, curvature):
+@pytest.mark.parametrize(
+    "row", rest_slow(CURVATURES, lambda row: row is CURVATURES[0], name=itemgetter(0))
+)
+def test_second_derivative_at_equality(row):
     """Fisher's information times f''(1): diag(p) - p p'."""
+    name, hyper, curvature = row
     teacher = TEACHER[0]
     got = jax.hessian(lambda z: getattr(losses, name)(z, teacher, **hyper))(teacher)
     p = oracles.softmax(teacher)

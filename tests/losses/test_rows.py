@@ -14,6 +14,7 @@ import pytest
 
 from kdjax import losses
 from kdjax.losses import _rows
+from tests.marks import rest_slow
 
 OF_LABELS = {"knowledge_distillation", "cross_entropy"}
 NAMES = [
@@ -105,7 +106,7 @@ def test_blocks_equal_the_whole(name, shape, in_blocks, x64):
 
 # As many rows as blocks have, and some more.
 @pytest.mark.parametrize("rows", [64, 67])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", rest_slow(NAMES, lambda name: name == NAMES[0]))
 def test_the_gradient_takes_the_place_of_logits(name, rows, in_blocks, monkeypatch):
     in_blocks()
     monkeypatch.setattr(_rows, "_BLOCK", 1024)
@@ -156,7 +157,12 @@ def as_on_tpu(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("name", NAMES[:3])
+on_tpu_too = pytest.mark.parametrize(
+    "name", rest_slow(NAMES[:3], lambda name: name == NAMES[0])
+)
+
+
+@on_tpu_too
 @pytest.mark.parametrize(
     ("distance", "temperature"), [(None, 1.0), (1e-4, 1.0), (1e-2, 100.0)]
 )
@@ -173,7 +179,7 @@ def test_fewer_passes_cost_no_digits(name, distance, temperature, as_on_tpu, x64
         assert error < 3e-6
 
 
-@pytest.mark.parametrize("name", NAMES[:3])
+@on_tpu_too
 def test_fewer_passes_at_the_edges(name, as_on_tpu, x64):
     student, teacher, labels = draw((6, 5), np.float32)
     out = np.zeros((6, 5), bool)

@@ -13,6 +13,7 @@ from flax import nnx
 
 from kdjax import objectives, teachers
 from kdjax.train import init_state, make_train_step
+from tests.marks import rest_slow
 from tests.models.stacks import BATCH, CLASSES, KINDS, LAYERS, WIDTH, by_hand
 
 ONE_EACH = [each for each in KINDS if each.kind in ("scan", "remat")]
@@ -174,7 +175,9 @@ def program(kind, features):
     return re.sub(r"\n(File|Function|Stack)\w+\n(.+\n)*", "", text)
 
 
-@pytest.mark.parametrize("kind", BOTH, ids=" ".join)
+@pytest.mark.parametrize(
+    "kind", rest_slow(BOTH, lambda kind: kind in ONE_EACH, name=" ".join)
+)
 def test_features_that_no_term_uses_leave_no_trace_in_the_step(kind):
     unused = kind.path(0, "norm"), kind.path(1, "square"), kind.path(0)
     assert program(kind, unused) == program(kind, ())

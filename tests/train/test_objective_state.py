@@ -130,6 +130,7 @@ def test_trained_parts_and_memory_survive_a_kill_and_another_mesh(devices, tmp_p
     np.testing.assert_allclose(values, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_one_batch():
     state, frozen, step = training(with_memory=False)
     whole, metrics = jax.jit(step())(state, frozen, tiny.batch())

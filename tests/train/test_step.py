@@ -15,6 +15,7 @@ from flax import nnx
 from kdjax import losses, models, objectives, teachers
 from kdjax.train import init_state, make_mesh, make_train_step, place, place_step
 from kdjax.types import Adapted, Mean, Model, Outputs
+from tests.marks import rest_slow
 from tests.train import setups
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -79,7 +80,7 @@ def test_accumulation_and_devices_equal_one_batch(accumulate, devices):
     chex.assert_trees_all_close(actual.params, expected.params, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", rest_slow([1, 2], lambda number: number > 1))
 def test_shard_map_equals_one_device(accumulate):
     net = models.from_nnx(setups.Mlp(rngs=nnx.Rngs(0)))
     state, frozen, step = setups.training(net, optax.sgd(0.5))

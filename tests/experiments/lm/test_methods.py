@@ -18,6 +18,7 @@ from experiments.lm.tokens import make
 from experiments.lm.windows import packed, paired
 from kdjax import make_train_step, teachers
 from kdjax.train import init_state
+from tests.marks import rest_slow
 
 TEXT = "".join("abcdefg"[i % 7] + " " * (i % 3 == 0) for i in range(900))
 TOKENS = make("characters", [TEXT], TEXT, 0)
@@ -95,17 +96,10 @@ def one_step(recipe):
     return {key: float(mean.value()) for key, mean in metrics.items()}, moved
 
 
-# The others run with `pytest -m slow`: each compiles a step of its own.
 FAST = {"forward_kl"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
-        for name in METHODS
-    ],
-)
+@pytest.mark.parametrize("name", rest_slow(METHODS, lambda name: name in FAST))
 def test_a_step_by_every_method(name):
     metrics, moved = one_step(METHODS[name](setup_of()))
     assert np.isfinite(list(metrics.values())).all()

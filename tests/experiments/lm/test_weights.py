@@ -16,16 +16,13 @@ from experiments.lm.model import from_layers, with_params
 from experiments.lm.weights import load, read_config, save
 from kdjax.io.weights import load_tensors, save_tensors
 from tests.experiments.lm.test_model import CONFIG, QWEN, params_of
+from tests.marks import rest_slow
 
 REFERENCE = Path(__file__).parent / "reference"
 MODELS = ("llama", "llama-3", "qwen-2", "qwen-3")
 
 every_model = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name == "llama" else pytest.mark.slow)
-        for name in MODELS
-    ],
+    "name", rest_slow(MODELS, lambda name: name == "llama")
 )
 
 
