@@ -3,9 +3,9 @@
     python -m experiments.benchmarks.linear_head
 
 Value and gradient by the student's hidden states and kernel, of kdjax.fused beside the
-same loss over logits multiplied out, beside the four matrix products alone, and beside
-what PyTorch has where --torch names a Python. Where
-libtpu is installed, both are also compiled for a TPU slice that is not there.
+same loss over logits multiplied out, beside the four matrix products alone, beside what
+PyTorch has where --torch names a Python, and beside Tunix' formula where that is
+installed. Where libtpu is, both are also compiled for a TPU slice that is not there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.benchmarks import forms, losses, report, traffic
-from experiments.benchmarks.inputs import LOSSES, draw_heads
+from experiments.benchmarks.inputs import ALPHA, LOSSES, TEMPERATURE, draw_heads
 from experiments.benchmarks.report import Figure, Sample
 from experiments.jobs.processes import Ask
 from kdjax import fused
@@ -144,6 +145,23 @@ def plain(loss: forms.Loss) -> Callable[..., Array]:
     return mean
 
 
+def tunix(student: LinearHead, teacher: LinearHead, labels: Array) -> Array:
+    """Hard labels and forward KL as Tunix has them, over all logits."""
+    from tunix.distillation.strategies.logit import LogitStrategy
+
+    def unused(*_: Any) -> Any:
+        """It is for whole models, which are not run here."""
+
+    strategy = LogitStrategy(
+        unused, unused, unused, temperature=TEMPERATURE, alpha=1 - ALPHA
+    )
+    classes = student.kernel.shape[-1]
+    mean, _ = strategy.compute_loss(
+        student.logits(), teacher.logits(), jax.nn.one_hot(labels, classes)
+    )
+    return mean
+
+
 def products(student: LinearHead, teacher: LinearHead, labels: Array) -> Any:
     """Both logits and both gradients, as far as matrix products go."""
     slopes = student.logits() + teacher.logits()
@@ -170,13 +188,16 @@ def of_size(
             ask = stack.enter_context(process)
         for name in config.losses:
             loss = forms.KDJAX[name]
-            sides = {"kdjax": chunked(loss, config.chunk_size), "plain": plain(loss)}
+            sides = {"kdjax": chunked(loss, config.chunk_size), PLAIN: plain(loss)}
+            if name == "knowledge_distillation" and importlib.util.find_spec("tunix"):
+                sides["Tunix' formula"] = tunix
             programs = {
                 side: jax.jit(jax.value_and_grad(mean)).lower(*arrays).compile()
                 for side, mean in sides.items()
             }
             mine = _largest(programs["kdjax"](*arrays))
-            _agree(name, mine, _largest(programs["plain"](*arrays)))
+            for other in sides:
+                _agree(other, mine, _largest(programs[other](*arrays)))
             runs = {
                 side: report.stopwatch(functools.partial(losses.run, program, arrays))
                 for side, program in (programs | {PRODUCTS: bare}).items()
