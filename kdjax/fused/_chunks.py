@@ -376,6 +376,5 @@ def _values_and_gradient(
     head = {name: by.sum() for name, by in by_numbers.items()}
     if student.bias is not None:
         head["bias"] = by_products.sum(0)
-    # CPUs rearrange the second factor first, and the slopes are less than the kernel.
-    by_hidden = _product("dv,nv->dn", student.kernel, slopes).T
+    by_hidden = _product("nv,dv->nd", slopes, student.kernel)
     return sums, Gradient(by_hidden.astype(hidden.dtype), head), (hidden, slopes)

@@ -32,6 +32,26 @@ def mask(batch=BATCH):
     return jnp.asarray(np.random.default_rng(3).random(batch) < 0.65)
 
 
+def others_of(case, teacher, labels, batch=BATCH):
+    """What a loss takes besides the student's logits; a teacher if only by name."""
+    targets = head(2, bias=False, batch=batch).logits()
+    given = {"teacher_logits": teacher, "labels": labels, "targets": targets}
+    taken = tuple(given[name] for name in case.arguments if name in given)
+    return taken if "teacher_logits" in case.arguments else (None, *taken)
+
+
+def tolerance(case):
+    """To which a loss is itself in any order of its sums."""
+    # Little is left of these for a gradient, by scale and cap above all: beside
+    # float64, the plain ones are off as much.
+    cancelling = {
+        "inter_class_relation": 8e-6,
+        "hard_distillation": 4e-6,
+        "universal_logit": 4e-6,
+    }
+    return cancelling.get(case.name, 1e-6)
+
+
 def plain(loss, student, others, where=None):
     """What ``fused.token_mean`` is to give, from all logits."""
     others = [other for other in others if other is not None]

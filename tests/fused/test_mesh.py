@@ -19,6 +19,7 @@ from kdjax.fused._tokens import Rows
 from kdjax.train import init_state, make_mesh, place, place_step
 from kdjax.types import LinearHead
 from tests.fused import heads
+from tests.losses import cases
 from tests.losses.running import mesh_of
 from tests.marks import rest_slow
 
@@ -46,24 +47,49 @@ MESHES = [
 ]
 
 
+def split_over(mesh, *given):
+    """Tokens over all axes but ``model``, which classes are split over."""
+    tokens = tuple(name for name in mesh.axis_names if name != "model")
+    classes = "model" if "model" in mesh.axis_names else None
+
+    def put(array, *spec):
+        return jax.device_put(array, NamedSharding(mesh, P(*spec)))
+
+    def split(part):
+        if not isinstance(part, LinearHead):
+            return put(part, tokens)
+        return part._replace(
+            hidden=put(part.hidden, tokens),
+            kernel=put(part.kernel, None, classes),
+            bias=None if part.bias is None else put(part.bias, classes),
+        )
+
+    return jax.tree.map(split, given, is_leaf=lambda part: isinstance(part, LinearHead))
+
+
 @pytest.mark.parametrize("axes", rest_slow(MESHES, lambda axes: axes in MESHES[-2:]))
 def test_any_mesh_gives_the_same(axes):
     mesh = mesh_of(**axes)
-    tokens = P(tuple(name for name in axes if name != "model"))
-    classes = "model" if "model" in axes else None
-
-    def placed(array, spec):
-        return jax.device_put(array, NamedSharding(mesh, spec))
-
-    def split(head):
-        specs = LinearHead(tokens, P(None, classes), P(classes))
-        return jax.tree.map(placed, head, specs)
-
-    where = placed(heads.mask(BATCH), tokens)
-    given = split(STUDENT), (split(TEACHER), placed(LABELS, tokens)), where
+    given = split_over(mesh, STUDENT, (TEACHER, LABELS), heads.mask(BATCH))
     run = jax.jit(heads.with_gradient(heads.chunked, LOSS, chunk_size=2))
     with jax.set_mesh(mesh):
         heads.assert_close(run(*given), expected())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases.select(lambda case: case.gives == "position"))
+def test_every_loss_per_token_on_meshes(case):
+    student = heads.head(0, batch=BATCH, scale=0.9, soft_cap=3.0)
+    others = heads.others_of(case, TEACHER, LABELS, BATCH)
+    given = student, others, heads.mask(BATCH)
+    loss = functools.partial(case.loss, **case.hyper)
+    expected = heads.exact(loss, *given)
+    for axes in MESHES[1:4] + MESHES[5:6]:
+        mesh = mesh_of(**axes)
+        run = jax.jit(heads.with_gradient(heads.chunked, loss, chunk_size=2))
+        with jax.set_mesh(mesh):
+            got = run(*split_over(mesh, *given))
+        heads.assert_close(got, expected, heads.tolerance(case))
 
 
 @pytest.mark.parametrize("axes", [{"data": 4}, {"data": 2, "model": 4}], ids=str)

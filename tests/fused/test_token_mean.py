@@ -30,21 +30,13 @@ def without_slots(head):
     return head._replace(bias=jnp.where(KEPT, head.bias, -jnp.inf))
 
 
-def others_of(case, teacher, labels):
-    """What a loss takes besides the student's logits; a teacher if only by name."""
-    targets = heads.head(2, bias=False).logits()
-    given = {"teacher_logits": teacher, "labels": labels, "targets": targets}
-    taken = tuple(given[name] for name in case.arguments if name in given)
-    return taken if "teacher_logits" in case.arguments else (None, *taken)
-
-
 def situations(case):
     """By name: student, others and what counts, all of the same shapes."""
     teacher = heads.head(1, width=6, soft_cap=jnp.float32(4.0))
     everywhere, labels = jnp.ones(heads.BATCH, bool), heads.labels()
-    ordinary = STUDENT, others_of(case, teacher, labels)
+    ordinary = STUDENT, heads.others_of(case, teacher, labels)
     kept = jnp.where(labels < 0, labels, jnp.flatnonzero(KEPT)[labels % KEPT.sum()])
-    out = without_slots(STUDENT), others_of(case, without_slots(teacher), kept)
+    out = without_slots(STUDENT), heads.others_of(case, without_slots(teacher), kept)
     yield "ragged mask", (*ordinary, heads.mask())
     yield "one token", (*ordinary, ~everywhere.at[0, 2].set(False))
     yield "no token", (*ordinary, ~everywhere)
@@ -71,13 +63,9 @@ def test_every_loss_per_token_equals_itself_over_all_logits(case):
         both = heads.chunked, heads.plain
         return [heads.with_gradient(mean, loss)(*given) for mean in both]
 
-    # Little is left of their sums for a gradient, by scale and cap above all: beside
-    # float64, the plain ones are off as much.
-    cancelling = {"inter_class_relation", "hard_distillation", "universal_logit"}
-    tolerance = 4e-6 if case.name in cancelling else 1e-6
     for name, given in situations(case):
         got, expected = run(*given)
-        heads.assert_close(got, expected, tolerance)
+        heads.assert_close(got, expected, heads.tolerance(case))
         moved = any(np.any(leaf != 0) for leaf in jax.tree.leaves(got[0]))
         assert moved == (name != "no token"), name
 
