@@ -12,6 +12,7 @@ from kdjax import LinearHead, models, teachers
 from kdjax.micro_batches import mapped
 from kdjax.train import batch_axes, make_mesh, place, place_step
 from kdjax.types import Outputs
+from tests.marks import rest_slow
 from tests.train import setups
 
 
@@ -57,7 +58,7 @@ def step_of(parts, **options):
     return step, state, frozen
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", rest_slow([1, 2], lambda number: number > 1))
 def test_the_step_is_the_same(accumulate):
     ends = []
     for parts in (None, 4):

@@ -316,6 +316,7 @@ def test_evaluations_are_recorded_with_their_test_accuracy(finished):
     assert all("test_accuracy" in record for record in evaluated)
 
 
+@pytest.mark.slow
 def test_partly_finished_it_does_only_what_is_missing(finished, capsys):
     out = finished / "out"
     names = ("metrics.jsonl", "test_logits.npy", "result.json")

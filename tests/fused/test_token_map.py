@@ -13,6 +13,7 @@ from kdjax import fused, losses
 from kdjax.types import LinearHead, SparseTargets
 from tests.fused import heads
 from tests.losses.running import mesh_of
+from tests.marks import rest_slow
 
 HEAD = heads.head(0, scale=0.9, soft_cap=3.0)
 TOP = functools.partial(losses.top_k_targets, k=3, temperature=2.0)
@@ -87,9 +88,10 @@ def test_there_is_no_gradient():
         np.testing.assert_array_equal(leaf, 0)
 
 
-@pytest.mark.parametrize(
-    "axes", [{"data": 4}, {"data": 8}, {"data": 2, "fsdp": 2, "model": 2}], ids=str
-)
+MESHES = [{"data": 4}, {"data": 8}, {"data": 2, "fsdp": 2, "model": 2}]
+
+
+@pytest.mark.parametrize("axes", rest_slow(MESHES, lambda axes: "model" in axes))
 def test_any_mesh_gives_the_same(axes):
     mesh = mesh_of(**axes)
     classes = "model" if "model" in axes else None

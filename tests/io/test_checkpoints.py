@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import pytest
 from kdjax.io.checkpoints import Checkpoints
 from kdjax.io.input import batches
 from kdjax.train.state import DistillState
+from tests.marks import rest_slow
 
 
 def data():
@@ -223,11 +225,11 @@ def two_checkpoints(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        *(pytest.param(damage, marks=pytest.mark.slow) for damage in (cut, delete)),
-        empty,
-        flip,
-    ],
+    rest_slow(
+        [cut, delete, empty, flip],
+        lambda damage: damage is flip,
+        name=attrgetter("__name__"),
+    ),
 )
 def test_no_damage_to_any_file_gives_wrong_numbers(
     tmp_path, two_checkpoints, damage, caplog

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from kdjax import losses
 from tests.losses.feature_cases import CASES, KEEP, mask_of, sample, select
 from tests.losses.running import COMPILED, mesh_of
+from tests.marks import rest_slow
 
 # One row per loss; the others differ from it in shapes or numbers alone.
 MAIN = select(lambda case: " " not in case.name)
@@ -160,7 +161,7 @@ def keep(case, tree):
     return jax.tree.map(lambda each: each.compress(KEEP, masked_axis(case)), tree)
 
 
-@pytest.mark.parametrize("filled", [jnp.nan, jnp.inf, 1e4])
+@pytest.mark.parametrize("filled", rest_slow([jnp.nan, jnp.inf, 1e4], np.isnan))
 @pytest.mark.parametrize("case", select(lambda case: case.masks))
 def test_masked_is_as_if_deleted(case, filled):
     features = sample(case)

@@ -156,6 +156,7 @@ def test_a_memory_under_an_axis_name_is_refused():
         jax.eval_shape(run, state, frozen, batch)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_leaves_the_memory_as_it_is():
     state, _, _ = training()
     mesh, frozen, step = on_mesh(1)

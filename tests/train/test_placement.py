@@ -1,6 +1,7 @@
 """States made where they belong, and teachers that rest in the memory of the host."""
 
 import functools
+from operator import attrgetter
 
 import chex
 import jax
@@ -24,6 +25,7 @@ from kdjax.train import (
     place_step,
     shardings,
 )
+from tests.marks import rest_slow
 from tests.train import setups
 
 RULES = [(".*", largest_axes("data", above=8))]
@@ -76,7 +78,14 @@ def state_of(make_net):
     )
 
 
-@pytest.mark.parametrize("make_net", [from_nnx, from_linen, from_apply])
+@pytest.mark.parametrize(
+    "make_net",
+    rest_slow(
+        [from_nnx, from_linen, from_apply],
+        lambda make: make is from_nnx,
+        name=attrgetter("__name__"),
+    ),
+)
 def test_a_state_is_made_with_each_device_holding_its_share(make_net):
     make = functools.partial(state_of, make_net)
     state = make_placed(make, MESH, RULES)
