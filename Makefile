@@ -20,7 +20,7 @@ quickstart: $(VENV)/.installed-experiments  ## Install, and distil the handwritt
 test: $(DEV)  ## Install, and run the whole suite with the doctests
 	$(RUN) pytest -n 2 --dist worksteal $(ARGS)
 
-slow: $(DEV)  ## Run the tests that take more than half a minute each
+slow: $(DEV)  ## Run the long tests, and more parameters of others
 	$(RUN) pytest -m slow -n 2 --dist worksteal $(ARGS)
 
 lint: $(DEV)  ## Check style and format
