@@ -44,12 +44,8 @@ def tolerance(case):
     """To which a loss is itself in any order of its sums."""
     # Little is left of these for a gradient, by scale and cap above all: beside
     # float64, the plain ones are off as much.
-    cancelling = {
-        "inter_class_relation": 8e-6,
-        "hard_distillation": 4e-6,
-        "universal_logit": 4e-6,
-    }
-    return cancelling.get(case.name, 1e-6)
+    cancelling = {"inter_class_relation", "hard_distillation", "universal_logit"}
+    return 4e-6 if case.name in cancelling else 1e-6
 
 
 def plain(loss, student, others, where=None):
