@@ -135,9 +135,9 @@ def of_losses(config: Config) -> Iterator[Figure]:
             yield _memory(section, name, programs)
 
 
-def run(program: Any, arrays: Any) -> None:
+def run(program: Any, arrays: Any) -> Any:
     """Runs a compiled program to its end."""
-    jax.block_until_ready(program(*arrays))
+    return jax.block_until_ready(program(*arrays))
 
 
 def _time_of(ask: Ask, name: str) -> Sample:
