@@ -18,9 +18,6 @@ from kdjax.types import LinearHead, PyTree
 SUMMED_BYTES = 2**26
 """Of a gradient that are summed over devices at a time: 64 MiB."""
 
-PRODUCTS_BYTES, LEAST_CLASSES = 2**22, 1024
-"""Of a product that a CPU adds to a gradient at a time, while it is in the caches."""
-
 
 class Plan(NamedTuple):
     """How tokens are gone through.
@@ -264,25 +261,30 @@ def _with_products(kernel: Array, hidden: Array, slopes: Array) -> Array:
         return kernel + _product("nd,nv->dv", hidden, slopes)
 
     def in_parts(kernel: Array, hidden: Array, slopes: Array) -> Array:
-        parts, rest = divmod(classes, size)
+        # XLA would take the transposition back, but not through the barrier: its
+        # fast product for CPUs is not for columns of the left side.
+        columns = jax.lax.optimization_barrier(hidden.T)
 
         def add(start: Array | int, size: int, kernel: Array) -> Array:
-            some, there = (
-                jax.lax.dynamic_slice_in_dim(each, start, size, 1)
-                for each in (kernel, slopes)
+            some, here = (
+                jax.lax.dynamic_slice_in_dim(each, start, size)
+                for each in (kernel, columns)
             )
-            some = at_once(some, hidden, there)
-            return jax.lax.dynamic_update_slice_in_dim(kernel, some, start, 1)
+            some += _product("dn,nv->dv", here, slopes)
+            return jax.lax.dynamic_update_slice_in_dim(kernel, some, start, 0)
 
+        parts, rest = divmod(width, size)
         kernel = jax.lax.fori_loop(
             0, parts, lambda index, kernel: add(index * size, size, kernel), kernel
         )
-        return add(classes - rest, rest, kernel) if rest else kernel
+        return add(width - rest, rest, kernel) if rest else kernel
 
-    width, classes = kernel.shape
-    size = max(LEAST_CLASSES, PRODUCTS_BYTES // (width * kernel.dtype.itemsize))
-    # A loop over classes that lie on several devices would gather them all.
-    if size >= classes or jax.device_count() > 1:
+    width = kernel.shape[0]
+    # A part's product is no larger than the chunk's logits of a teacher, in whose
+    # place it can be.
+    size = math.ceil(width / math.ceil(width / hidden.shape[0]))
+    # A loop over rows that lie on several devices would gather them all.
+    if jax.device_count() > 1:
         return at_once(kernel, hidden, slopes)
     return jax.lax.platform_dependent(
         kernel, hidden, slopes, cpu=in_parts, default=at_once
