@@ -6,36 +6,43 @@ from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kdjax import metrics
 from kdjax.metrics import Calibration
+from kdjax.objectives._terms import MASK, counted, entry
 from kdjax.train.state import DistillState
 from kdjax.types import Batch, Mean, Model, PyTree, Teacher
 
 Sums: TypeAlias = dict[str, Mean | Calibration]
+
+_LABELS = "label"
 
 
 def make_eval_step(
     student: Model,
     teacher: Teacher,
     *,
-    labels: str = "label",
-    where: str = "mask",
+    labels: str = _LABELS,
+    where: str = MASK,
 ) -> Callable[[DistillState, PyTree, Batch], Sums]:
     """Makes the pure function that measures both models on one batch.
 
     Args:
       student: as trained; runs in evaluation mode.
       teacher: as given to the training step.
-      labels: entry of the batch with integer labels; may be absent from it.
+      labels: entry of the batch with integer labels; the usual one may be absent.
       where: entry of the batch that says which examples, or which tokens of them,
-        count; may be absent.
+        count; the usual one may be absent.
 
     Returns:
       ``eval_step(state, frozen, batch)`` to the sums of
       :func:`kdjax.metrics.side_by_side`. Jit it.
+
+    Raises:
+      ValueError: (when traced) an entry of another name is not in the batch, or the
+        mask's shape is not that of the examples or tokens.
+      TypeError: (when traced) the mask is not boolean.
     """
 
     def eval_step(state: DistillState, frozen: PyTree, batch: Batch) -> Sums:
@@ -43,15 +50,14 @@ def make_eval_step(
             state.params["student"], state.model_state, batch, rng=None, train=False
         )
         target = teacher.outputs(frozen, state.teacher_state, batch)
-        logits, mask = shown.dense_logits(), batch.get(where)
-        if mask is not None and mask.shape == logits.shape[: mask.ndim]:
-            # An example counts with all its tokens. Other shapes are refused below.
-            mask = jnp.broadcast_to(
-                mask.reshape(mask.shape + (1,) * (logits.ndim - 1 - mask.ndim)),
-                logits.shape[:-1],
-            )
+        logits = shown.dense_logits()
+        absent = labels == _LABELS and labels not in batch
         return metrics.side_by_side(
-            logits, target.dense_logits(), batch.get(labels), where=mask
+            logits,
+            target.dense_logits(),
+            None if absent else entry(batch, labels, "labels"),
+            # An example counts with all its tokens.
+            where=counted(batch, where, logits.shape[:-1], None),
         )
 
     return eval_step

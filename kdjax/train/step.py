@@ -228,7 +228,7 @@ def _counts(terms: dict[str, Term]) -> dict[str, Array]:
 def _weighted(terms: dict[str, Term], counts: dict[str, Array]) -> Array:
     """The weighted sum of the terms, each divided by what counts in the whole batch."""
     summands = [
-        term.weight * Mean(term.mean.total, counts[name]).value()
+        _summand(term, counts[name])
         for name, term in terms.items()
         if not _is_diagnostic(term)
     ]
@@ -238,6 +238,12 @@ def _weighted(terms: dict[str, Term], counts: dict[str, Array]) -> Array:
             "left to train for."
         )
     return jnp.asarray(sum(summands))
+
+
+def _summand(term: Term, count: Array) -> Array:
+    weighted = term.weight * Mean(term.mean.total, count).value()
+    # What a schedule leaves out may be infinite, and 0 * inf is NaN.
+    return jnp.where(jnp.equal(term.weight, 0), 0, weighted)
 
 
 def _is_diagnostic(term: Term) -> bool:

@@ -106,6 +106,15 @@ def test_without_labels_there_is_only_fidelity():
     }
 
 
+@pytest.mark.parametrize("argument", ["labels", "where"])
+def test_an_entry_of_another_name_must_be_there(argument):
+    net, state, frozen = training()
+    teacher, _ = teachers.frozen(models.from_nnx(setups.Noisy(rngs=nnx.Rngs(7))))
+    step = make_eval_step(net.model, teacher, **{argument: "typo"})
+    with pytest.raises(ValueError, match=f"{argument}: got 'typo'.*does not have"):
+        jax.eval_shape(step, state, frozen, examples())
+
+
 def tokens(params, batch):
     return Outputs(batch["x"] @ params)
 

@@ -310,6 +310,39 @@ def test_linear_student_of_the_cpp_program():
     assert ((x @ weights).argmax(-1) == labels).sum() == 195
 
 
+def test_a_term_that_a_schedule_leaves_out_may_be_infinite():
+    def without_first(w, batch):
+        return (batch["x"] @ w).at[:, 0].set(-jnp.inf)
+
+    student = models.from_apply(without_first, jnp.zeros((2, 3)))
+    whole = models.from_apply(lambda w, batch: batch["x"] @ w, jnp.ones((2, 3)))
+    teacher, frozen = teachers.frozen(whole)
+    goal = objectives.combine(
+        objectives.hard_labels(),
+        objectives.soft_labels(weight=lambda step: jnp.where(step < 1, 0.0, 1.0)),
+    )
+    optimizer = optax.sgd(0.1)
+    batch = {"x": jnp.ones((4, 2)), "label": jnp.array([1, 2, 1, 1])}
+    state = init_state(
+        student,
+        teacher,
+        goal,
+        optimizer,
+        frozen=frozen,
+        batch=batch,
+        rng=jax.random.key(0),
+    )
+    step = jax.jit(make_train_step(student.model, teacher, goal, optimizer))
+    state, metrics = step(state, frozen, batch)
+    assert np.isposinf(metrics["soft"].value())
+    assert np.isfinite(metrics["loss"].value())
+    assert int(state.skipped) == 0
+    assert np.abs(state.params["student"]).max() > 0
+    state, metrics = step(state, frozen, batch)
+    assert np.isposinf(metrics["loss"].value())
+    assert int(state.skipped) == 1
+
+
 def test_refuses_bad_arguments_by_name():
     net = models.from_nnx(setups.Mlp(rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="accumulate: got 0"):
