@@ -28,6 +28,7 @@ from kdjax.io._checksums import SaveChecksums, damage_of
 from kdjax.io._positions import RestorePosition, SavePosition
 from kdjax.train.loop import Batches
 from kdjax.train.state import DistillState
+from kdjax.types import Adapted, PyTree
 
 _logger = logging.getLogger("kdjax")
 
@@ -167,9 +168,57 @@ class Checkpoints:
         )
         return restored["state"], restored["progress"]
 
+    def load_student(self, student: Adapted, *, step: int | None = None) -> Adapted:
+        """Takes the student alone out of a checkpoint, to use it or to teach with it.
+
+        Args:
+          student: the template, from an adapter: structure, shapes, dtypes, shardings.
+          step: one of :meth:`steps`, such as :meth:`best_step`; ``None`` is the newest
+            that is whole.
+
+        Returns:
+          The same network with the arrays that it had then, bit for bit.
+
+        Raises:
+          ValueError: there is no such checkpoint, it is damaged, or its student has
+            other arrays; the message lists what differs.
+        """
+        self._manager.wait_until_finished()
+        step = self._newest_whole() if step is None else step
+        if step not in self.steps():
+            raise ValueError(
+                f"step: got {step}; {self._folder} has checkpoints of {self.steps()}."
+            )
+        folder = self._folder / str(step)
+        if damage := damage_of(folder):
+            raise ValueError(f"step: {folder} is unreadable ({damage}); take another.")
+        run = json.loads((folder / _RUN_FILE).read_text())
+        wanted = {"params": {"student": student.params}}
+        wanted |= {"model_state": student.model_state}
+        saved = {
+            name: array
+            for name, array in run["arrays"].items()
+            if f"{name}/".startswith(("params/student/", "model_state/"))
+        }
+        _refuse_other("student", folder, saved, _described(wanted))
+        arguments = ocp.args.PyTreeRestore(
+            wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            found = reader.restore(folder / "state", args=arguments)
+        return student._replace(
+            params=found["params"]["student"], model_state=found["model_state"]
+        )
+
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step with the best score, ``None`` where none has one."""
+        return self._kept.best_of(self.steps())
 
     def wait(self) -> None:
         """Returns when everything is on disk, or raises what went wrong."""
@@ -261,13 +310,16 @@ class _LastAndBest(ocp.checkpoint_managers.PreservationPolicy):
         """Whether each of the checkpoints stays; they come oldest first."""
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = set(steps[-self.keep :])
-        if scored := [step for step in steps if step in self.scores]:
-            kept.add(max(scored, key=self.scores.__getitem__))
+        kept = {*steps[-self.keep :], self.best_of(steps)}
         return [step in kept for step in steps]
 
+    def best_of(self, steps: Sequence[int]) -> int | None:
+        """The one with the best score, ``None`` where none has one."""
+        scored = [step for step in steps if step in self.scores]
+        return max(scored, key=self.scores.__getitem__, default=None)
 
-def _described(state: DistillState) -> dict[str, str]:
+
+def _described(state: PyTree) -> dict[str, str]:
     """Each array's dtype and shape by its path, such as ``float32[3,4]``."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): (
