@@ -65,7 +65,8 @@ def _distances(features: Array, where: Array) -> tuple[Array, Array]:
     pairs = where[:, None] & where[None] & ~jnp.eye(where.size, dtype=bool)
     apart = pairs & _apart(square, rows)
     distances = jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1.0)), 0.0)
-    mean = jnp.sum(distances) / number_of(pairs, rows)
+    # Rows apart, as one long sum loses digits, which every gap would share.
+    mean = jnp.sum(jnp.sum(distances, -1) / number_of(pairs, rows))
     return distances, jnp.where(mean == 0, 1.0, mean)
 
 
