@@ -184,13 +184,14 @@ class Checkpoints:
             other arrays; the message lists what differs.
         """
         self._manager.wait_until_finished()
-        step = self._newest_whole() if step is None else step
+        given, step = step, self._newest_whole() if step is None else step
         if step not in self.steps():
             raise ValueError(
                 f"step: got {step}; {self._folder} has checkpoints of {self.steps()}."
             )
         folder = self._folder / str(step)
-        if damage := damage_of(folder):
+        # The newest was looked through already.
+        if given is not None and (damage := damage_of(folder)):
             raise ValueError(f"step: {folder} is unreadable ({damage}); take another.")
         run = json.loads((folder / _RUN_FILE).read_text())
         wanted = {"params": {"student": student.params}}

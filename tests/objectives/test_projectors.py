@@ -35,8 +35,10 @@ def test_maps_channels_and_nothing_else(projector, leading, leaves):
     assert mapped.shape == (*leading, 5)
     assert len(jax.tree.leaves(params)) == leaves
     # A position is mapped by itself: one apart gives the same, summed otherwise.
-    first = projector.apply(params, feature[:1])
-    np.testing.assert_allclose(first, mapped[:1], rtol=1e-6, atol=1e-7)
+    with jax.enable_x64(True):
+        wide, features = jax.tree.map(np.float64, (params, feature))
+        first, all_ = (projector.apply(wide, f) for f in (features[:1], features))
+        np.testing.assert_allclose(first, all_[:1], rtol=1e-12, atol=1e-15)
 
 
 def test_linear_is_the_1x1_convolution():
