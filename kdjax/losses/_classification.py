@@ -12,7 +12,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kdjax.losses import _checks
-from kdjax.losses._kl import FORWARD, forward_rule, soft_cross_entropy
+from kdjax.losses._kl import soft_cross_entropy
+from kdjax.losses._kl_core import forward_rule, with_divergence
 from kdjax.losses._labels import (
     Hard,
     at_label,
@@ -25,7 +26,7 @@ from kdjax.losses._labels import (
     where_scored,
     widened,
 )
-from kdjax.losses._pairs import STUDENT, Sums, first_pass, second_pass
+from kdjax.losses._pairs import STUDENT, Sums, power_sums
 from kdjax.losses._rows import Rule, as_columns, by_rows, wide_dtype
 
 
@@ -125,10 +126,10 @@ def _distillation_sums(
     hard = hard_sums(tops, student, labels)
     shifts = where_scored(labels, *tops)
     inputs = *where_scored(labels, student, teacher), inverse
-    soft = first_pass((shifts[0], shifts[1]), *inputs)
+    soft = power_sums((shifts[0], shifts[1]), *inputs)
     # Together: both need one and the same pass over the classes.
     hard, soft = jax.lax.optimization_barrier((hard, soft))
-    soft = second_pass(FORWARD, soft, *inputs)
+    soft = with_divergence(soft, *inputs)
     hard_weight, soft_weight = (validity_of(labels, student) * each for each in weights)
     value = weighted(hard_weight, hard.value) + weighted(soft_weight, soft.value)
     return _Distillation(value, hard, soft)

@@ -9,30 +9,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
 from kdjax.losses import _checks
-from kdjax.losses._pairs import (
-    Formula,
-    centred,
-    entropy_core,
-    excess,
-    rule,
-    softened,
-)
-from kdjax.losses._rows import by_rows, largest
-
-FORWARD = Formula(
-    terms=lambda pair: (excess(pair.p, pair.q, pair.x),),
-    value=lambda totals: totals[0],
-    student=lambda pair, totals: pair.gap,
-    teacher=lambda pair, totals: centred(pair.x, pair.p, totals[0]),
-    scores=lambda x: (x,),
-)
-forward_rule = rule(FORWARD)
-forward_core = by_rows(forward_rule)
-
-
-def reverse_core(student: Array, teacher: Array, inverse: Array) -> Array:
-    """KL(student ‖ teacher) is the forward one with the sides exchanged."""
-    return forward_core(teacher, student, inverse)
+from kdjax.losses._kl_core import forward_core, reverse_core
+from kdjax.losses._pairs import entropy_core, softened
+from kdjax.losses._rows import largest
 
 
 def forward_kl(

@@ -163,48 +163,52 @@ class Sums(NamedTuple):
     student_scale: Array  # one over the sum of the powers
     teacher_scale: Array
     log_ratio: Array  # what is added to the log ratio of the powers to make it x
-    gap: Array  # sum of the powers' differences
     totals: Totals  # of the formula
 
 
 @traced_once
-def _pair(sums: Sums, student: Array, teacher: Array, inverse: Array) -> Pair:
+def pair_of(sums: Sums, student: Array, teacher: Array, inverse: Array) -> Pair:
+    """Both sides, once the sums of their powers are known."""
     p, q, x = _unscaled(sums.shifts, student, teacher, inverse)
-    gap = _gap(p, q, x)
-    p *= sums.teacher_scale
-    gap = (gap - p * sums.gap) * sums.student_scale
-    return Pair(p, q * sums.student_scale, x + sums.log_ratio, gap)
+    p, q, x = p * sums.teacher_scale, q * sums.student_scale, x + sums.log_ratio
+    return Pair(p, q, x, _gap(p, q, x))
 
 
-def _sum(terms: Array) -> Array:
+def total(terms: Array) -> Array:
+    """Their sum over the classes, ``[..., 1]``."""
     return terms.sum(-1, keepdims=True)
 
 
 @traced_once
-def first_pass(shifts: Tops, student: Array, teacher: Array, inverse: Array) -> Sums:
-    """What all formulas need to know before they can look at a class.
+def power_sums(shifts: Tops, student: Array, teacher: Array, inverse: Array) -> Sums:
+    """What is needed before a class can be looked at; the log ratio is rounded.
 
     The shifts keep the powers from overflowing: the largest logits, or about the
     logarithm of the sum of their powers.
     """
-    p, q, x = _unscaled(shifts, student, teacher, inverse)
-    student_sum, teacher_sum, gap = _sum(q), _sum(p), _sum(_gap(p, q, x))
+    p, q, _ = _unscaled(shifts, student, teacher, inverse)
     # A row without a single class left has no distribution; all its terms are 0.
-    student_sum = jnp.where(student_sum == 0, 1, student_sum)
-    teacher_sum = jnp.where(teacher_sum == 0, 1, teacher_sum)
-    # log(student_sum / teacher_sum) would carry the rounding of two logarithms into
-    # every x. Near equality the sum of the accurate gaps gives it relative accuracy.
-    change = gap / teacher_sum
+    student_sum, teacher_sum = (
+        jnp.where(each == 0, 1, each) for each in (total(q), total(p))
+    )
+    log_ratio = jnp.log(student_sum / teacher_sum)
+    value = jnp.zeros_like(log_ratio)
+    return Sums(value, shifts, 1 / student_sum, 1 / teacher_sum, log_ratio, totals=())
+
+
+@traced_once
+def first_pass(shifts: Tops, student: Array, teacher: Array, inverse: Array) -> Sums:
+    """The sums of the powers, and a log ratio that is accurate near equality.
+
+    A logarithm would carry its rounding into every x. Near equality the sum of the
+    accurate gaps gives the ratio relative accuracy.
+    """
+    sums = power_sums(shifts, student, teacher, inverse)
+    gap = total(_gap(*_unscaled(shifts, student, teacher, inverse)))
+    change = gap * sums.teacher_scale
     near = jnp.abs(change) < 0.5
-    log_ratio = jnp.where(
-        near,
-        jnp.log1p(jnp.where(near, change, 0)),
-        jnp.log(student_sum) - jnp.log(teacher_sum),
-    )
-    zero = jnp.zeros_like(gap)
-    return Sums(
-        zero, shifts, 1 / student_sum, 1 / teacher_sum, log_ratio, gap, totals=()
-    )
+    accurate = jnp.log1p(jnp.where(near, change, 0))
+    return sums._replace(log_ratio=jnp.where(near, accurate, sums.log_ratio))
 
 
 def second_pass(
@@ -219,8 +223,8 @@ def second_pass(
     # Else XLA puts sums of the first pass off to this one, and this one off to a third.
     # Not the shifts: it would keep the powers for the derivative.
     sums = jax.lax.optimization_barrier(sums)._replace(shifts=sums.shifts)
-    pair = _pair(sums, student, teacher, inverse)
-    totals = tuple(_sum(term) for term in formula.terms(pair, *hyper))
+    pair = pair_of(sums, student, teacher, inverse)
+    totals = tuple(total(term) for term in formula.terms(pair, *hyper))
     return sums._replace(value=formula.value(totals), totals=sums.totals or totals)
 
 
@@ -241,8 +245,8 @@ def _with_means(
     at_x, slopes = jax.jvp(lambda x: scores(x, *hyper), (x,), (jnp.ones_like(x),))
 
     def mean(power: Array, scale: Array, score: Array, slope: Array) -> Array:
-        at_shift = _sum(jnp.where(power == 0, 0, power * score))
-        return (at_shift + sums.log_ratio * _sum(power * slope)) * scale
+        at_shift = total(jnp.where(power == 0, 0, power * score))
+        return (at_shift + sums.log_ratio * total(power * slope)) * scale
 
     scales = sums.teacher_scale, sums.student_scale
     return sums._replace(totals=tuple(map(mean, (p, q), scales, at_x, slopes)))
@@ -280,8 +284,11 @@ def _sums_on_tpu(
 STUDENT, TEACHER, INVERSE = range(3)
 
 
-def rule(formula: Formula) -> Rule:
+def rule(formula: Formula, sums: Callable[..., Sums] | None = None) -> Rule:
     """Makes a rule over ``(student, teacher, inverse, *hyper)``.
+
+    ``sums``, of ``(tops, *inputs)``, is a cheaper way to those of the formula, where
+    there is one.
 
     ``inverse`` is one over the temperature, a scalar or ``[..., 1]``. It multiplies
     differences of logits, never the logits: those would be rounded first.
@@ -290,7 +297,7 @@ def rule(formula: Formula) -> Rule:
     would divide 0 by 0.
     """
 
-    def sums(tops: Tops, *inputs: Array) -> Sums:
+    def in_passes(tops: Tops, *inputs: Array) -> Sums:
         return second_pass(formula, first_pass(tops, *inputs[:3]), *inputs)
 
     def slope(side: int, pair: Pair, sums: Sums, *hyper: Array) -> Array:
@@ -298,7 +305,7 @@ def rule(formula: Formula) -> Rule:
         return by_side(pair, sums.totals, *hyper)
 
     def partial(index: int, sums: Sums, *inputs: Array) -> Array:
-        pair, hyper = _pair(sums, *inputs[:3]), inputs[3:]
+        pair, hyper = pair_of(sums, *inputs[:3]), inputs[3:]
         if index < INVERSE:
             return slope(index, pair, sums, *hyper) * inputs[INVERSE]
         if index == INVERSE:
@@ -306,20 +313,20 @@ def rule(formula: Formula) -> Rule:
             logits = (jnp.where(jnp.isneginf(each), 0, each) for each in inputs)
             by_scaled = (slope(side, pair, sums, *hyper) for side in range(INVERSE))
             first, second = map(jnp.multiply, by_scaled, logits)
-            return _sum(first + second)
+            return total(first + second)
 
         def of_number(number: Array) -> Array:
             changed = (*hyper[: index - 3], number, *hyper[index - 2 :])
             terms = formula.terms(pair, *changed)
-            return formula.value(tuple(map(_sum, terms)))
+            return formula.value(tuple(map(total, terms)))
 
         one = (jnp.ones_like(hyper[index - 3]),)
         return jax.jvp(of_number, (hyper[index - 3],), one)[1]
 
-    if formula.scores is None:
-        return Rule(sums, partial)
-    on_tpu = functools.partial(_sums_on_tpu, formula, formula.scores)
-    return Rule(sums, partial, on_tpu)
+    on_tpu = None
+    if formula.scores is not None:
+        on_tpu = functools.partial(_sums_on_tpu, formula, formula.scores)
+    return Rule(sums or in_passes, partial, on_tpu)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

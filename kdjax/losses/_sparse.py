@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from kdjax.losses import _checks, _target_checks
-from kdjax.losses._kl import forward_core, reverse_core
+from kdjax.losses._kl_core import forward_core, reverse_core
 from kdjax.losses._pairs import softened
 from kdjax.losses._slots import (
     at_slots,

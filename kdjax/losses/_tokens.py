@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kdjax.losses import _checks
-from kdjax.losses._kl import forward_core
+from kdjax.losses._kl_core import forward_core
 from kdjax.losses._labels import widened
 from kdjax.losses._rows import wide_dtype
 from kdjax.types import LinearHead

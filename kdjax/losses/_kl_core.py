@@ -1,0 +1,63 @@
+"""The sums and derivatives of KL(teacher ‖ student), which losses of it share."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kdjax.losses._pairs import (
+    Formula,
+    Sums,
+    Tops,
+    centred,
+    excess,
+    pair_of,
+    power_sums,
+    rule,
+    total,
+)
+from kdjax.losses._rows import by_rows, traced_once
+
+_FORMULA = Formula(
+    terms=lambda pair: (excess(pair.p, pair.q, pair.x),),
+    value=lambda totals: totals[0],
+    student=lambda pair, totals: pair.gap,
+    teacher=lambda pair, totals: centred(pair.x, pair.p, totals[0]),
+    scores=lambda x: (x,),
+)
+
+
+@traced_once
+def with_divergence(
+    sums: Sums, student: Array, teacher: Array, inverse: Array
+) -> Sums:
+    """Adds the divergence to :func:`~kdjax.losses._pairs.power_sums`, in one pass.
+
+    The log ratio of rounded sums is good enough to begin with: to first order, the
+    terms' sum does not depend on it. How far off it was is seen at the end, from the
+    sum of ``q - p``, which is the difference of two sums over the classes.
+    """
+    # Else XLA puts the sums of the powers off to this pass, and this one to a third.
+    sums = jax.lax.optimization_barrier(sums)._replace(shifts=sums.shifts)
+    p, q, x, _ = pair_of(sums, student, teacher, inverse)
+    value, mean = total(excess(p, q, x)), total(jnp.where(p == 0, 0, p * x))
+    # Far from equality the rounding of the two sums is larger than what is looked for.
+    off_by = jnp.where(value < 0.5, value - mean, 0)
+    # Rounding must not leave less than nothing; a NaN stays one.
+    value = jnp.maximum(value - off_by**2 / 2, 0)
+    log_ratio = sums.log_ratio + off_by
+    return sums._replace(value=value, log_ratio=log_ratio, totals=(value,))
+
+
+def _sums(tops: Tops, *inputs: Array) -> Sums:
+    return with_divergence(power_sums(tops, *inputs), *inputs)
+
+
+forward_rule = rule(_FORMULA, _sums)
+forward_core = by_rows(forward_rule)
+
+
+def reverse_core(student: Array, teacher: Array, inverse: Array) -> Array:
+    """KL(student ‖ teacher) is the forward one with the sides exchanged."""
+    return forward_core(teacher, student, inverse)
