@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from kdjax.losses import _checks
 from kdjax.losses._kl import soft_cross_entropy
-from kdjax.losses._kl_core import forward_rule, with_divergence
+from kdjax.losses._kl_core import FORWARD, forward_rule, with_divergence
 from kdjax.losses._labels import (
     Hard,
     at_label,
@@ -26,7 +26,7 @@ from kdjax.losses._labels import (
     where_scored,
     widened,
 )
-from kdjax.losses._pairs import STUDENT, Sums, power_sums
+from kdjax.losses._pairs import STUDENT, Sums, first_pass, power_sums, second_pass
 from kdjax.losses._rows import Rule, as_columns, by_rows, wide_dtype
 
 
@@ -116,6 +116,8 @@ HARD_WEIGHT, SOFT_WEIGHT = 4, 5
 
 
 def _distillation_sums(
+    first: Callable[..., Sums],
+    second: Callable[..., Sums],
     tops: Sequence[Array],
     student: Array,
     teacher: Array,
@@ -126,10 +128,10 @@ def _distillation_sums(
     hard = hard_sums(tops, student, labels)
     shifts = where_scored(labels, *tops)
     inputs = *where_scored(labels, student, teacher), inverse
-    soft = power_sums((shifts[0], shifts[1]), *inputs)
+    soft = first((shifts[0], shifts[1]), *inputs)
     # Together: both need one and the same pass over the classes.
     hard, soft = jax.lax.optimization_barrier((hard, soft))
-    soft = with_divergence(soft, *inputs)
+    soft = second(soft, *inputs)
     hard_weight, soft_weight = (validity_of(labels, student) * each for each in weights)
     value = weighted(hard_weight, hard.value) + weighted(soft_weight, soft.value)
     return _Distillation(value, hard, soft)
@@ -157,7 +159,17 @@ def _distillation_partial(
 
 
 # Hard and soft labels together, so that both come from one look at the logits.
-_distillation = by_rows(Rule(_distillation_sums, _distillation_partial))
+_distillation = by_rows(
+    Rule(
+        functools.partial(
+            _distillation_sums, first_pass, functools.partial(second_pass, FORWARD)
+        ),
+        _distillation_partial,
+        sums_in_cache=functools.partial(
+            _distillation_sums, power_sums, with_divergence
+        ),
+    )
+)
 
 
 @functools.partial(jax.jit, inline=True)

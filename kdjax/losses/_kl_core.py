@@ -19,7 +19,7 @@ from kdjax.losses._pairs import (
 )
 from kdjax.losses._rows import by_rows, traced_once
 
-_FORMULA = Formula(
+FORWARD = Formula(
     terms=lambda pair: (excess(pair.p, pair.q, pair.x),),
     value=lambda totals: totals[0],
     student=lambda pair, totals: pair.gap,
@@ -29,14 +29,13 @@ _FORMULA = Formula(
 
 
 @traced_once
-def with_divergence(
-    sums: Sums, student: Array, teacher: Array, inverse: Array
-) -> Sums:
-    """Adds the divergence to :func:`~kdjax.losses._pairs.power_sums`, in one pass.
+def with_divergence(sums: Sums, student: Array, teacher: Array, inverse: Array) -> Sums:
+    """Adds the divergence to :func:`~kdjax.losses._pairs.power_sums`.
 
     The log ratio of rounded sums is good enough to begin with: to first order, the
     terms' sum does not depend on it. How far off it was is seen at the end, from the
-    sum of ``q - p``, which is the difference of two sums over the classes.
+    sum of ``q - p``, which is the difference of two sums over the classes. That saves
+    the first pass a series, but derivatives have to wait for this one.
     """
     # Else XLA puts the sums of the powers off to this pass, and this one to a third.
     sums = jax.lax.optimization_barrier(sums)._replace(shifts=sums.shifts)
@@ -50,11 +49,11 @@ def with_divergence(
     return sums._replace(value=value, log_ratio=log_ratio, totals=(value,))
 
 
-def _sums(tops: Tops, *inputs: Array) -> Sums:
+def _sums_in_cache(tops: Tops, *inputs: Array) -> Sums:
     return with_divergence(power_sums(tops, *inputs), *inputs)
 
 
-forward_rule = rule(_FORMULA, _sums)
+forward_rule = rule(FORWARD, _sums_in_cache)
 forward_core = by_rows(forward_rule)
 
 

@@ -284,11 +284,8 @@ def _sums_on_tpu(
 STUDENT, TEACHER, INVERSE = range(3)
 
 
-def rule(formula: Formula, sums: Callable[..., Sums] | None = None) -> Rule:
+def rule(formula: Formula, sums_in_cache: Callable[..., Sums] | None = None) -> Rule:
     """Makes a rule over ``(student, teacher, inverse, *hyper)``.
-
-    ``sums``, of ``(tops, *inputs)``, is a cheaper way to those of the formula, where
-    there is one.
 
     ``inverse`` is one over the temperature, a scalar or ``[..., 1]``. It multiplies
     differences of logits, never the logits: those would be rounded first.
@@ -297,7 +294,7 @@ def rule(formula: Formula, sums: Callable[..., Sums] | None = None) -> Rule:
     would divide 0 by 0.
     """
 
-    def in_passes(tops: Tops, *inputs: Array) -> Sums:
+    def sums(tops: Tops, *inputs: Array) -> Sums:
         return second_pass(formula, first_pass(tops, *inputs[:3]), *inputs)
 
     def slope(side: int, pair: Pair, sums: Sums, *hyper: Array) -> Array:
@@ -326,7 +323,7 @@ def rule(formula: Formula, sums: Callable[..., Sums] | None = None) -> Rule:
     on_tpu = None
     if formula.scores is not None:
         on_tpu = functools.partial(_sums_on_tpu, formula, formula.scores)
-    return Rule(sums or in_passes, partial, on_tpu)
+    return Rule(sums, partial, on_tpu, sums_in_cache)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

@@ -31,11 +31,13 @@ class Rule(NamedTuple):
       partial: ``(index, sums, *inputs)`` to the derivative of the loss by the input of
         that index: ``[..., V]`` by logits, ``[..., 1]`` by numbers.
       sums_on_tpu: ``sums`` in fewer passes over the classes, where there is a way.
+      sums_in_cache: ``sums`` by less arithmetic, if in more passes, likewise.
     """
 
     sums: Callable[..., Any]
     partial: Callable[..., Array]
     sums_on_tpu: Callable[..., Any] | None = None
+    sums_in_cache: Callable[..., Any] | None = None
 
 
 def by_rows(rule: Rule) -> Callable[..., Array]:
@@ -162,7 +164,10 @@ def _evaluated(
     block = max(1, _BLOCK // max(1, classes))
     if block < math.prod(leading) and jax.device_count() == 1:
         places = [len(tops) + index for index in by]
-        elsewhere["cpu"] = functools.partial(_in_blocks, here, block, places, leading)
+        of_block = functools.partial(at_once, rule.sums_in_cache or rule.sums)
+        elsewhere["cpu"] = functools.partial(
+            _in_blocks, of_block, block, places, leading
+        )
     if rule.sums_on_tpu:
         elsewhere["tpu"] = functools.partial(at_once, rule.sums_on_tpu)
     if not elsewhere:

@@ -157,21 +157,38 @@ def as_on_tpu(monkeypatch):
     jax.clear_caches()
 
 
-on_tpu_too = pytest.mark.parametrize(
-    "name", rest_slow(NAMES[:3], lambda name: name == NAMES[0])
+@pytest.fixture
+def compile_for(as_on_tpu, in_blocks):
+    """From here on, for that device."""
+    return {"tpu": as_on_tpu, "one cpu": in_blocks}
+
+
+# A TPU has ways of its own for the first three, one CPU for the KLs.
+elsewhere_too = pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("forward_kl", "tpu"),
+        ("forward_kl", "one cpu"),
+        ("knowledge_distillation", "one cpu"),
+        pytest.param("reverse_kl", "tpu", marks=pytest.mark.slow),
+        pytest.param("jensen_shannon", "tpu", marks=pytest.mark.slow),
+        pytest.param("reverse_kl", "one cpu", marks=pytest.mark.slow),
+    ],
 )
 
 
-@on_tpu_too
+@elsewhere_too
 @pytest.mark.parametrize(
     ("distance", "temperature"), [(None, 1.0), (1e-4, 1.0), (1e-2, 100.0)]
 )
-def test_fewer_passes_cost_no_digits(name, distance, temperature, as_on_tpu, x64):
+def test_its_own_way_costs_no_digits(
+    name, device, distance, temperature, compile_for, x64
+):
     arrays = draw((4, 50), np.float32, distance)
     options = {"temperature": temperature}
     wide = [each.astype(jnp.float64) for each in arrays[:2]]
     expected = value_and_gradients(name, *wide, arrays[2], **options)
-    as_on_tpu()
+    compile_for[device]()
     found = value_and_gradients(name, *arrays, **options)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == jnp.float32
@@ -179,20 +196,46 @@ def test_fewer_passes_cost_no_digits(name, distance, temperature, as_on_tpu, x64
         assert error < 3e-6
 
 
-@on_tpu_too
-def test_fewer_passes_at_the_edges(name, as_on_tpu, x64):
+@elsewhere_too
+def test_its_own_way_at_the_edges(name, device, compile_for, x64):
     student, teacher, labels = draw((6, 5), np.float32)
     out = np.zeros((6, 5), bool)
     out[0], out[1, 2:], out[2, 1:] = True, True, True
     student = jnp.where(out, -jnp.inf, student).at[3].add(1e4)
     teacher = jnp.where(out, -jnp.inf, teacher).at[4].multiply(1e4)
+    # Labels of classes that are out would cost infinity.
+    labels = jnp.where(out[np.arange(6), labels], -1, labels)
     wide = [each.astype(jnp.float64) for each in (student, teacher)]
     expected = value_and_gradients(name, *wide, labels)
-    as_on_tpu()
+    compile_for[device]()
     found = value_and_gradients(name, student, teacher, labels)
     for one, other in zip(found, expected, strict=True):
         assert np.isfinite(one).all()
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_blocks_hide_no_nan_and_no_infinity(side, in_blocks):
+    sides = dict(zip(("student", "teacher"), draw((8, 5), np.float32), strict=False))
+    sides[side] = sides[side].at[1, 2].set(jnp.nan).at[6, 3].set(-jnp.inf)
+    assert not in_blocks()
+    found = losses.forward_kl(sides["student"], sides["teacher"])
+    assert jnp.isnan(found).tolist() == [row == 1 for row in range(8)]
+    assert jnp.isinf(found).tolist() == [
+        side == "student" and row == 6 for row in range(8)
+    ]
+
+
+def test_blocks_of_equal_rows_are_zero(in_blocks):
+    student, _, labels = draw((9, 7), np.float32)
+    in_blocks()
+    value, *gradients = value_and_gradients("forward_kl", student, student, labels)
+    assert not value.any()
+    assert not any(gradient.any() for gradient in gradients)
+    # Shifted, they are equal up to the rounding of the logits.
+    value, *_ = value_and_gradients("forward_kl", student + 0.1, student, labels)
+    assert (value >= 0).all()
+    assert (value < 1e-12).all()
 
 
 ALONE = """
