@@ -27,7 +27,8 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.benchmarks import forms, losses, report, traffic
+from experiments.benchmarks import cores, forms, losses, report, traffic
+from experiments.benchmarks.cores import Vectors
 from experiments.benchmarks.inputs import ALPHA, LOSSES, TEMPERATURE, draw_heads
 from experiments.benchmarks.report import Figure, Sample
 from experiments.jobs.processes import Ask
@@ -64,6 +65,9 @@ class Config:
     torch: Path | None = None
     """A Python that has torch and, better, liger-kernel and torchtune (pip install
     --no-deps is enough for both)."""
+    vectors: Vectors = "widest"
+    """That XLA's programs may use: the widest of these cores, as PyTorch's compiler
+    takes them, or XLA's own choice, 256 bits."""
     chunk_size: int | None = None
     """Tokens at a time, kdjax' own choice by default."""
     repeats: int = 7
@@ -96,7 +100,7 @@ def main(config: Config) -> list[Figure]:
     """Measures and prints; returns what was printed."""
     parts = [config.only] if config.only else ["first", "large", "slice"]
     figures: list[Figure] = []
-    notes = [losses.machine()]
+    notes = [cores.described(config.vectors)]
     if "first" in parts:
         figures += of_size(config, (config.tokens,), config.vocabulary)
     if "large" in parts:
@@ -177,7 +181,8 @@ def of_size(
     arrays = draw(batch, vocabulary, config.width)
     widths = f"widths {config.width} and {2 * config.width}"
     section = f"Value and gradient, {[*batch]} x {vocabulary} float32, {widths}"
-    bare = jax.jit(products).lower(*arrays).compile()
+    compiled_here = functools.partial(cores.compiled, vectors=config.vectors)
+    bare = compiled_here(products, *arrays)
     with contextlib.ExitStack() as stack:
         ask = None
         if config.torch is not None:
@@ -192,7 +197,7 @@ def of_size(
             if name == "knowledge_distillation" and importlib.util.find_spec("tunix"):
                 sides["Tunix' formula"] = tunix
             programs = {
-                side: jax.jit(jax.value_and_grad(mean)).lower(*arrays).compile()
+                side: compiled_here(jax.value_and_grad(mean), *arrays)
                 for side, mean in sides.items()
             }
             mine = _largest(programs["kdjax"](*arrays))

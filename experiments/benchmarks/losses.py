@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,10 +17,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 
-from experiments.benchmarks import forms, report, step, traffic
+from experiments.benchmarks import cores, forms, report, step, traffic
+from experiments.benchmarks.cores import Vectors
 from experiments.benchmarks.inputs import LOSSES, draw
 from experiments.benchmarks.report import Figure, Sample
 from experiments.jobs import processes
@@ -45,6 +43,9 @@ class Config:
     """One of the three parts; all by default (traffic where libtpu is installed)."""
     torch: Path | None = None
     """A Python that has torch and NumPy, such as ~/torch/bin/python."""
+    vectors: Vectors = "widest"
+    """That XLA's programs may use: the widest of these cores, as PyTorch's compiler
+    takes them, or XLA's own choice, 256 bits."""
     slice_tokens: int = 65536
     """Rows of the logits on the TPU slice, over all chips."""
     slice_vocabulary: int = 32768
@@ -73,7 +74,7 @@ def main(config: Config) -> list[Figure]:
     """Measures and prints; returns what was printed."""
     parts = [config.only] if config.only else ["losses", "traffic", "step"]
     figures: list[Figure] = []
-    notes = [machine()]
+    notes = [cores.described(config.vectors)]
     if "losses" in parts:
         figures += of_losses(config)
     if "traffic" in parts:
@@ -90,19 +91,6 @@ def main(config: Config) -> list[Figure]:
     return figures
 
 
-def machine() -> str:
-    """What the figures were measured with."""
-    return (
-        f"jax {jax.__version__}, optax {optax.__version__}, Python "
-        f"{platform.python_version()}, {jax.devices()[0].device_kind} with "
-        f"{_cores()} cores, load {os.getloadavg()[0]:.1f}"
-    )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def of_losses(config: Config) -> Iterator[Figure]:
     """Time and temporary memory of each loss with its gradient by the student."""
     shape = f"[{config.tokens}, {config.vocabulary}] float32"
@@ -115,9 +103,9 @@ def of_losses(config: Config) -> Iterator[Figure]:
             ask = stack.enter_context(asked(config.torch, "torch_losses", **size))
         for name in LOSSES:
             programs = {
-                side: jax.jit(forms.mean_and_gradient(form[name]))
-                .lower(*arrays)
-                .compile()
+                side: cores.compiled(
+                    forms.mean_and_gradient(form[name]), *arrays, vectors=config.vectors
+                )
                 for side, form in (("kdjax", forms.KDJAX), ("Optax", forms.OPTAX))
             }
             runs = {
@@ -176,7 +164,7 @@ def asked(
 ) -> contextlib.AbstractContextManager[Ask]:
     """A process of PyTorch with as many threads as there are cores."""
     module = f"experiments.benchmarks.{module}"
-    return processes.asked(torch, module, **options, threads=_cores())
+    return processes.asked(torch, module, **options, threads=cores.count())
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.benchmarks import (
+    cores,
     driver,
     forms,
     linear_head,
@@ -86,6 +88,25 @@ def test_ratio_is_of_neighbouring_runs():
     time, core = report.compared("", "", "", ours, theirs, target=0.7)
     assert (time.ratio, time.met) == (0.5, True)
     assert (core.ratio, core.met) == (1.0, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "vectors", "bits"),
+    [
+        ("fma avx2 avx512f ssse3", "widest", 512),
+        ("fma avx2 ssse3", "widest", 256),
+        ("fma avx2 avx512f ssse3", "default", 256),
+    ],
+)
+def test_programs_may_use_the_vectors_that_there_are(
+    flags, vectors, bits, tmp_path, monkeypatch
+):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"flags : {flags} \n")
+    monkeypatch.setattr(cores, "CPUINFO", cpuinfo)
+    assert f"vectors of {bits} bits" in cores.described(vectors)
+    program = cores.compiled(jnp.negative, jnp.ones(3), vectors=vectors)
+    assert program(jnp.ones(3)).tolist() == [-1.0] * 3
 
 
 @pytest.mark.slow
