@@ -168,7 +168,6 @@ _distillation = by_rows(
         sums_in_cache=functools.partial(
             _distillation_sums, power_sums, with_divergence
         ),
-        single_pass=True,
     )
 )
 

@@ -53,7 +53,7 @@ def _sums_in_cache(tops: Tops, *inputs: Array) -> Sums:
     return with_divergence(power_sums(tops, *inputs), *inputs)
 
 
-forward_rule = rule(FORWARD, sums_in_cache=_sums_in_cache, single_pass=True)
+forward_rule = rule(FORWARD, _sums_in_cache)
 forward_core = by_rows(forward_rule)
 
 

@@ -97,7 +97,7 @@ def hard_partial(index: int, sums: Hard, logits: Array, labels: Array) -> Array:
     return scale * jnp.where(at_label(labels, logits), -sums.others, powers)
 
 
-_hard = by_rows(Rule(hard_sums, hard_partial, single_pass=True))
+_hard = by_rows(Rule(hard_sums, hard_partial))
 
 
 def negative_log_likelihood(logits: Array, labels: Array) -> Array:

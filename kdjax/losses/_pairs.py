@@ -284,8 +284,8 @@ def _sums_on_tpu(
 STUDENT, TEACHER, INVERSE = range(3)
 
 
-def rule(formula: Formula, **ways: Any) -> Rule:
-    """Makes a rule, with further fields, over ``(student, teacher, inverse, *hyper)``.
+def rule(formula: Formula, sums_in_cache: Callable[..., Sums] | None = None) -> Rule:
+    """Makes a rule over ``(student, teacher, inverse, *hyper)``.
 
     ``inverse`` is one over the temperature, a scalar or ``[..., 1]``. It multiplies
     differences of logits, never the logits: those would be rounded first.
@@ -323,7 +323,7 @@ def rule(formula: Formula, **ways: Any) -> Rule:
     on_tpu = None
     if formula.scores is not None:
         on_tpu = functools.partial(_sums_on_tpu, formula, formula.scores)
-    return Rule(sums, partial, on_tpu, **ways)
+    return Rule(sums, partial, on_tpu, sums_in_cache)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

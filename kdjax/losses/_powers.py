@@ -35,8 +35,7 @@ _variation_core = by_rows(
             value=lambda totals: totals[0],
             student=lambda pair, totals: pair.q * (jnp.sign(pair.gap) / 2 - totals[1]),
             teacher=lambda pair, totals: -pair.p * (jnp.sign(pair.gap) / 2 + totals[2]),
-        ),
-        single_pass=True,
+        )
     )
 )
 

@@ -32,16 +32,12 @@ class Rule(NamedTuple):
         that index: ``[..., V]`` by logits, ``[..., 1]`` by numbers.
       sums_on_tpu: ``sums`` in fewer passes over the classes, where there is a way.
       sums_in_cache: ``sums`` by less arithmetic, if in more passes, likewise.
-      single_pass: whether XLA makes the derivatives in one pass over the classes. It
-        does, unless an exponential, a logarithm or a quotient of all of the classes
-        is used twice: those it writes down.
     """
 
     sums: Callable[..., Any]
     partial: Callable[..., Array]
     sums_on_tpu: Callable[..., Any] | None = None
     sums_in_cache: Callable[..., Any] | None = None
-    single_pass: bool = False
 
 
 def by_rows(rule: Rule) -> Callable[..., Array]:
@@ -149,41 +145,34 @@ def _evaluated(
 ) -> tuple[Array, list[Array]]:
     """The value ``[..., 1]``, and the derivatives by the inputs of these indices.
 
-    On a CPU, one block of rows after the other takes half the time and no memory:
-    passes find in the caches what the first of them has read. But a loop over rows that
-    lie on several devices would gather them all; so there has to be only one.
-    Derivatives are in the blocks too, unless they are a single pass. That is joined by
-    whatever multiplies it, and the gradient takes the place of logits from a product.
+    On a CPU, one block of rows after the other takes half the time and no memory beside
+    the result: derivatives find in the caches what the sums have read. But a loop over
+    rows that lie on several devices would gather them all; so there has to be only one.
     """
     *leading, classes = inputs[0].shape
     # Not in the blocks: a bare reduction is fast by itself.
     tops = tuple(map(largest, _logits(inputs)))
-    by_inside, by_after = ((), by) if rule.single_pass else (by, ())
 
-    def at_once(sums: Callable[..., Any], *arrays: Array) -> tuple[Any, list[Array]]:
+    def at_once(sums: Callable[..., Any], *arrays: Array) -> tuple[Array, list[Array]]:
         wide = _widened(arrays)
         own = wide[len(tops) :]
         found = sums(wide[: len(tops)], *own)
-        return found, [rule.partial(index, found, *own) for index in by_inside]
+        return found.value, [rule.partial(index, found, *own) for index in by]
 
     here = functools.partial(at_once, rule.sums)
     elsewhere = {}
     block = max(1, _BLOCK // max(1, classes))
     if block < math.prod(leading) and jax.device_count() == 1:
-        places = [len(tops) + index for index in by_inside]
+        places = [len(tops) + index for index in by]
         of_block = functools.partial(at_once, rule.sums_in_cache or rule.sums)
         elsewhere["cpu"] = functools.partial(
             _in_blocks, of_block, block, places, leading
         )
     if rule.sums_on_tpu:
         elsewhere["tpu"] = functools.partial(at_once, rule.sums_on_tpu)
-    if elsewhere:
-        ways = {"default": here, **elsewhere}
-        here = functools.partial(jax.lax.platform_dependent, **ways)
-    sums, partials = here(*tops, *inputs)
-    wide = _widened(inputs)
-    after = [rule.partial(index, sums, *wide) for index in by_after]
-    return sums.value, [*partials, *after]
+    if not elsewhere:
+        return here(*tops, *inputs)
+    return jax.lax.platform_dependent(*tops, *inputs, default=here, **elsewhere)
 
 
 def _in_blocks(
@@ -192,7 +181,7 @@ def _in_blocks(
     places: Sequence[int],
     leading: Sequence[int],
     *arrays: Array,
-) -> tuple[Any, list[Array]]:
+) -> tuple[Array, list[Array]]:
     """``of_rows(*arrays)`` for ``[*leading, n]``, so many rows at a time.
 
     A derivative takes the place of the array that it is by, whose rows are read before
@@ -208,12 +197,12 @@ def _in_blocks(
         )
         return of_rows(*(take(each) if each.ndim else each for each in arrays))
 
-    def unwritten(rows: int) -> tuple[Any, list[Array]]:
+    def unwritten(rows: int) -> tuple[Array, list[Array]]:
         return jax.tree.map(
             lambda part: jax.lax.empty((rows, part.shape[-1]), part.dtype), shapes
         )
 
-    def fill(start: Array, size: int, filled: tuple[Any, list[Array]]) -> Any:
+    def fill(start: Array, size: int, filled: tuple[Array, list[Array]]) -> Any:
         current = list(given)
         for place, derivative in zip(places, filled[1], strict=True):
             if place in replaced:
@@ -233,7 +222,7 @@ def _in_blocks(
         return jax.tree.map(put, filled, part)
 
     shapes = jax.eval_shape(functools.partial(of_block, 0, size), *given)
-    sums, derivatives = unwritten(rows)
+    value, derivatives = unwritten(rows)
     replaced = set()
     for index, place in enumerate(places):
         if jax.typeof(given[place]) == jax.typeof(derivatives[index]):
@@ -244,7 +233,7 @@ def _in_blocks(
         0,
         blocks,
         lambda index, filled: fill(index * size, size, filled),
-        (sums, derivatives),
+        (value, derivatives),
     )
     if rest:
         # The barrier hides the number, which would give the condition away.
