@@ -31,9 +31,7 @@ def bits(vectors: Vectors) -> int:
 
 def compiled(function: Callable[..., Any], *arrays: Any, vectors: Vectors) -> Any:
     """The jitted program for these arrays."""
-    options: dict[str, str | bool] = {
-        "xla_cpu_prefer_vector_width": str(bits(vectors))
-    }
+    options: dict[str, str | bool] = {"xla_cpu_prefer_vector_width": str(bits(vectors))}
     return jax.jit(function).lower(*arrays).compile(compiler_options=options)
 
 
