@@ -218,8 +218,11 @@ def test_its_own_way_at_the_edges(name, device, compile_for, x64):
 def test_blocks_hide_no_nan_and_no_infinity(side, in_blocks):
     sides = dict(zip(("student", "teacher"), draw((8, 5), np.float32), strict=False))
     sides[side] = sides[side].at[1, 2].set(jnp.nan).at[6, 3].set(-jnp.inf)
-    assert not in_blocks()
+    loops = in_blocks()
+    # A compiled loss is kept for its shapes, whichever way it was compiled.
+    jax.clear_caches()
     found = losses.forward_kl(sides["student"], sides["teacher"])
+    assert loops
     assert jnp.isnan(found).tolist() == [row == 1 for row in range(8)]
     assert jnp.isinf(found).tolist() == [
         side == "student" and row == 6 for row in range(8)
@@ -228,8 +231,9 @@ def test_blocks_hide_no_nan_and_no_infinity(side, in_blocks):
 
 def test_blocks_of_equal_rows_are_zero(in_blocks):
     student, _, labels = draw((9, 7), np.float32)
-    in_blocks()
+    loops = in_blocks()
     value, *gradients = value_and_gradients("forward_kl", student, student, labels)
+    assert loops
     assert not value.any()
     assert not any(gradient.any() for gradient in gradients)
     # Shifted, they are equal up to the rounding of the logits.
