@@ -13,10 +13,16 @@ from jaxtyping import Bool, Float, Int
 
 from kdjax.losses import _checks
 from kdjax.losses._kl import soft_cross_entropy
-from kdjax.losses._kl_core import FORWARD, forward_rule, with_divergence
+from kdjax.losses._kl_core import (
+    FORWARD,
+    forward_rule,
+    near_enough,
+    with_divergence,
+)
 from kdjax.losses._labels import (
     Hard,
     at_label,
+    hard_near_enough,
     hard_partial,
     hard_sums,
     negative_log_likelihood,
@@ -158,6 +164,13 @@ def _distillation_partial(
     return partial
 
 
+def _distillation_in_blocks(
+    tops: Sequence[Array], *inputs: Array
+) -> tuple[_Distillation, Array]:
+    sums = _distillation_sums(power_sums, with_divergence, tops, *inputs)
+    return sums, near_enough(sums.soft) & hard_near_enough(sums.hard)
+
+
 # Hard and soft labels together, so that both come from one look at the logits.
 _distillation = by_rows(
     Rule(
@@ -165,9 +178,7 @@ _distillation = by_rows(
             _distillation_sums, first_pass, functools.partial(second_pass, FORWARD)
         ),
         _distillation_partial,
-        sums_in_cache=functools.partial(
-            _distillation_sums, power_sums, with_divergence
-        ),
+        sums_in_blocks=_distillation_in_blocks,
     )
 )
 

@@ -17,7 +17,7 @@ from kdjax.losses._pairs import (
     rule,
     total,
 )
-from kdjax.losses._rows import by_rows, traced_once
+from kdjax.losses._rows import MOST, by_rows, traced_once
 
 FORWARD = Formula(
     terms=lambda pair: (excess(pair.p, pair.q, pair.x),),
@@ -49,11 +49,17 @@ def with_divergence(sums: Sums, student: Array, teacher: Array, inverse: Array) 
     return sums._replace(value=value, log_ratio=log_ratio, totals=(value,))
 
 
-def _sums_in_cache(tops: Tops, *inputs: Array) -> Sums:
-    return with_divergence(power_sums(tops, *inputs), *inputs)
+def near_enough(sums: Sums) -> Array:
+    """Whether the shifts were, for rows ``[..., 1]``; not so where a sum is NaN."""
+    return jnp.minimum(sums.student_scale, sums.teacher_scale) * MOST > 1
 
 
-forward_rule = rule(FORWARD, _sums_in_cache)
+def _sums_in_blocks(tops: Tops, *inputs: Array) -> tuple[Sums, Array]:
+    sums = power_sums(tops, *inputs)
+    return with_divergence(sums, *inputs), near_enough(sums)
+
+
+forward_rule = rule(FORWARD, _sums_in_blocks)
 forward_core = by_rows(forward_rule)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdjax.losses._rows import Rule, by_rows
+from kdjax.losses._rows import MOST, Rule, by_rows
 
 
 def widened(logits: Array) -> Array:
@@ -97,7 +97,19 @@ def hard_partial(index: int, sums: Hard, logits: Array, labels: Array) -> Array:
     return scale * jnp.where(at_label(labels, logits), -sums.others, powers)
 
 
-_hard = by_rows(Rule(hard_sums, hard_partial))
+def hard_near_enough(sums: Hard) -> Array:
+    """Whether the top was, ``[..., 1]``; not so where a sum is NaN."""
+    return sums.others + jnp.exp(sums.label) < MOST
+
+
+def _sums_in_blocks(
+    tops: Sequence[Array], logits: Array, labels: Array
+) -> tuple[Hard, Array]:
+    sums = hard_sums(tops, logits, labels)
+    return sums, hard_near_enough(sums)
+
+
+_hard = by_rows(Rule(hard_sums, hard_partial, sums_in_blocks=_sums_in_blocks))
 
 
 def negative_log_likelihood(logits: Array, labels: Array) -> Array:

@@ -272,7 +272,6 @@ def _near_log_sum(logits: Array, inverse: Array) -> Array:
 def _sums_on_tpu(
     formula: Formula,
     scores: Callable[..., Totals],
-    tops: Tops,
     *inputs: Array,
 ) -> Sums:
     student, teacher, inverse = inputs[:3]
@@ -284,7 +283,10 @@ def _sums_on_tpu(
 STUDENT, TEACHER, INVERSE = range(3)
 
 
-def rule(formula: Formula, sums_in_cache: Callable[..., Sums] | None = None) -> Rule:
+def rule(
+    formula: Formula,
+    sums_in_blocks: Callable[..., tuple[Sums, Array]] | None = None,
+) -> Rule:
     """Makes a rule over ``(student, teacher, inverse, *hyper)``.
 
     ``inverse`` is one over the temperature, a scalar or ``[..., 1]``. It multiplies
@@ -323,7 +325,7 @@ def rule(formula: Formula, sums_in_cache: Callable[..., Sums] | None = None) -> 
     on_tpu = None
     if formula.scores is not None:
         on_tpu = functools.partial(_sums_on_tpu, formula, formula.scores)
-    return Rule(sums, partial, on_tpu, sums_in_cache)
+    return Rule(sums, partial, on_tpu, sums_in_blocks)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

@@ -18,6 +18,8 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
+from kdjax.losses import _blocks
+
 
 class Rule(NamedTuple):
     """A loss of rows of classes.
@@ -31,13 +33,16 @@ class Rule(NamedTuple):
       partial: ``(index, sums, *inputs)`` to the derivative of the loss by the input of
         that index: ``[..., V]`` by logits, ``[..., 1]`` by numbers.
       sums_on_tpu: ``sums`` in fewer passes over the classes, where there is a way.
-      sums_in_cache: ``sums`` by less arithmetic, if in more passes, likewise.
+      sums_in_blocks: ``(tops, *inputs)`` to ``sums`` by less arithmetic, if in more
+        passes, and whether each row's tops were near enough to its largest logits,
+        ``[..., 1]``. For rules whose derivatives XLA makes in a single pass: those in
+        which it meets no exponential, logarithm or quotient of all classes twice.
     """
 
     sums: Callable[..., Any]
     partial: Callable[..., Array]
     sums_on_tpu: Callable[..., Any] | None = None
-    sums_in_cache: Callable[..., Any] | None = None
+    sums_in_blocks: Callable[..., tuple[Any, Array]] | None = None
 
 
 def by_rows(rule: Rule) -> Callable[..., Array]:
@@ -58,7 +63,7 @@ def by_rows(rule: Rule) -> Callable[..., Array]:
         tangent = jnp.zeros_like(value)
         for partial, dot in zip(partials, moving.values(), strict=True):
             by_class = partial.shape != value.shape
-            terms = partial * dot
+            terms = partial * (_once(dot, partial) if by_class else dot)
             tangent += terms.sum(-1, keepdims=True) if by_class else terms
         return value[..., 0], tangent[..., 0]
 
@@ -87,6 +92,22 @@ def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
     # A zero that is written out would become NaN where it meets a logit of -inf.
     apart.defjvp(derivative, symbolic_zeros=True)
     return apart
+
+
+def _once(tangent: Array, partial: Array) -> Array:
+    """The tangent, so that its product with the derivative is made once in reverse.
+
+    On a CPU, XLA repeats a product for each of its users, and keeps the powers that it
+    comes from in arrays of their own; never a quotient. This one is by 1.
+    """
+
+    def quotient(tangent: Array, partial: Array) -> Array:
+        # By 0 beside a NaN, which is what remains.
+        return tangent / (partial == partial).astype(tangent.dtype)
+
+    return jax.lax.platform_dependent(
+        tangent, partial, cpu=quotient, default=lambda tangent, _: tangent
+    )
 
 
 def _moving(tangents: Sequence[Any]) -> dict[int, Array]:
@@ -121,6 +142,10 @@ def largest(logits: Array) -> Array:
     return jnp.where(jnp.isneginf(top), 0, top)
 
 
+# Of a sum of powers relative to a logit that may not be the largest. A logit further
+# from it than this one's logarithm, 16, would be rounded by more than 1e-6.
+MOST = 2.0**23
+
 Inputs = tuple[Array, ...]
 
 
@@ -136,8 +161,8 @@ def _widened(inputs: Inputs) -> Inputs:
     )
 
 
-# 1 MB in float32: what is made of a block stays in the caches of the cores.
-_BLOCK = 2**18
+# 2 MB in float32: what is made of a block stays in the caches of the cores.
+_BLOCK = 2**19
 
 
 def _evaluated(
@@ -145,100 +170,73 @@ def _evaluated(
 ) -> tuple[Array, list[Array]]:
     """The value ``[..., 1]``, and the derivatives by the inputs of these indices.
 
-    On a CPU, one block of rows after the other takes half the time and no memory beside
-    the result: derivatives find in the caches what the sums have read. But a loop over
-    rows that lie on several devices would gather them all; so there has to be only one.
-    After the blocks a derivative could be one with what multiplies it, and is faster by
-    a twentieth; but where it has two users, XLA makes it twice, from powers that it
-    writes down: four to six times the logits.
+    On a CPU, one block of rows after the other takes half the time and no memory. But a
+    loop over rows that lie on several devices would gather them all; so there has to be
+    only one.
+
+    Derivatives that are a single pass are made after the blocks: what multiplies one
+    joins in, and the gradient takes the place of logits from a product.
     """
     *leading, classes = inputs[0].shape
     # Not in the blocks: a bare reduction is fast by itself.
     tops = tuple(map(largest, _logits(inputs)))
+    with_sums, after_sums = ((), by) if rule.sums_in_blocks else (by, ())
 
-    def at_once(sums: Callable[..., Any], *arrays: Array) -> tuple[Array, list[Array]]:
+    def at_once(sums: Callable[..., Any], *arrays: Array) -> tuple[Any, list[Array]]:
         wide = _widened(arrays)
-        own = wide[len(tops) :]
-        found = sums(wide[: len(tops)], *own)
-        return found.value, [rule.partial(index, found, *own) for index in by]
+        found, own = sums(*wide), wide[-len(inputs) :]
+        return found, [rule.partial(index, found, *own) for index in with_sums]
 
-    here = functools.partial(at_once, rule.sums)
-    elsewhere = {}
-    block = max(1, _BLOCK // max(1, classes))
-    if block < math.prod(leading) and jax.device_count() == 1:
-        places = [len(tops) + index for index in by]
-        of_block = functools.partial(at_once, rule.sums_in_cache or rule.sums)
-        elsewhere["cpu"] = functools.partial(
-            _in_blocks, of_block, block, places, leading
-        )
+    def from_tops(*arrays: Array) -> tuple[Any, list[Array]]:
+        def sums(*wide: Array) -> Any:
+            return rule.sums(wide[: len(tops)], *wide[len(tops) :])
+
+        return at_once(sums, *arrays)
+
+    def in_blocks(*arrays: Array) -> tuple[Any, list[Array]]:
+        if rule.sums_in_blocks is None:
+            places = [len(tops) + index for index in by]
+            return _blocks.in_place(from_tops, size, places, *arrays)
+        of_some, of_all = _ways(rule.sums_in_blocks)
+        found = _blocks.reduced(of_some, of_all, size, *arrays[len(tops) :])
+        return found, []
+
+    ways: dict[str, Callable[..., tuple[Any, list[Array]]]] = {}
+    size = max(1, _BLOCK // max(1, classes))
+    if size < math.prod(leading) and jax.device_count() == 1:
+        ways["cpu"] = in_blocks
     if rule.sums_on_tpu:
-        elsewhere["tpu"] = functools.partial(at_once, rule.sums_on_tpu)
-    if not elsewhere:
-        return here(*tops, *inputs)
-    return jax.lax.platform_dependent(*tops, *inputs, default=here, **elsewhere)
+        on_tpu = functools.partial(at_once, rule.sums_on_tpu)
+        ways["tpu"] = lambda *arrays: on_tpu(*arrays[len(tops) :])
+    way = functools.partial(jax.lax.platform_dependent, default=from_tops, **ways)
+    found, partials = (way if ways else from_tops)(*tops, *inputs)
+    wide = _widened(inputs)
+    partials += [rule.partial(index, found, *wide) for index in after_sums]
+    return found.value, partials
 
 
-def _in_blocks(
-    of_rows: Callable[..., Any],
-    size: int,
-    places: Sequence[int],
-    leading: Sequence[int],
-    *arrays: Array,
-) -> tuple[Array, list[Array]]:
-    """``of_rows(*arrays)`` for ``[*leading, n]``, so many rows at a time.
+# 4 kB of a row have hardly ever nothing near its largest.
+_SOME = 1024
 
-    A derivative takes the place of the array that it is by, whose rows are read before
-    they are written over: logits that nothing else needs take no memory beside their
-    gradient.
-    """
-    rows = math.prod(leading)
-    given = [each.reshape(rows, -1) if each.ndim else each for each in arrays]
 
-    def of_block(start: Array | int, size: int, *arrays: Array) -> Any:
-        take = functools.partial(
-            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size
-        )
-        return of_rows(*(take(each) if each.ndim else each for each in arrays))
+def _largest_of_some(logits: Array) -> Array:
+    """-inf where none of them is left; what is relative to that is NaN or infinite."""
+    return jax.lax.stop_gradient(logits[..., :_SOME].max(-1, keepdims=True))
 
-    def unwritten(rows: int) -> tuple[Array, list[Array]]:
-        return jax.tree.map(
-            lambda part: jax.lax.empty((rows, part.shape[-1]), part.dtype), shapes
-        )
 
-    def fill(start: Array, size: int, filled: tuple[Array, list[Array]]) -> Any:
-        current = list(given)
-        for place, derivative in zip(places, filled[1], strict=True):
-            if place in replaced:
-                current[place] = derivative
-        # Always so, but XLA cannot know: else it would join the derivative with its
-        # way into its place, and that is work for one core.
-        part = jax.lax.cond(
-            start >= 0,
-            lambda start, *arrays: of_block(start, size, *arrays),
-            lambda *_: unwritten(size),
-            start,
-            *current,
-        )
-        put = functools.partial(
-            jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0
-        )
-        return jax.tree.map(put, filled, part)
+def _ways(
+    sums: Callable[..., tuple[Any, Array]],
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A rule's ``sums_in_blocks``, as :func:`kdjax.losses._blocks.reduced` takes it."""
 
-    shapes = jax.eval_shape(functools.partial(of_block, 0, size), *given)
-    value, derivatives = unwritten(rows)
-    replaced = set()
-    for index, place in enumerate(places):
-        if jax.typeof(given[place]) == jax.typeof(derivatives[index]):
-            derivatives[index] = given[place]
-            replaced.add(place)
-    blocks, rest = divmod(rows, size)
-    filled = jax.lax.fori_loop(
-        0,
-        blocks,
-        lambda index, filled: fill(index * size, size, filled),
-        (value, derivatives),
-    )
-    if rest:
-        # The barrier hides the number, which would give the condition away.
-        filled = fill(jax.lax.optimization_barrier(rows - rest), rest, filled)
-    return jax.tree.map(lambda each: each.reshape(*leading, -1), filled)
+    def of_tops(top: Callable[[Array], Array], *rows: Array) -> tuple[Any, Array]:
+        wide = _widened(rows)
+        return sums(tuple(map(top, _logits(wide))), *wide)
+
+    def from_some(*rows: Array) -> tuple[Any, Array]:
+        return of_tops(_largest_of_some, *rows)
+
+    def from_all(*rows: Array) -> Any:
+        return of_tops(largest, *rows)[0]
+
+    return from_some, from_all

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from kdjax import losses
-from kdjax.losses import _rows
-from tests.marks import rest_slow
+from kdjax.losses import _blocks, _rows
 
 OF_LABELS = {"knowledge_distillation", "cross_entropy"}
 NAMES = [
@@ -25,6 +24,8 @@ NAMES = [
     "knowledge_distillation",
     "cross_entropy",
 ]
+# Those whose derivatives are a single pass.
+SINGLE = ["forward_kl", "reverse_kl", "knowledge_distillation", "cross_entropy"]
 
 
 def draw(shape, dtype=np.float64, distance=None):
@@ -66,16 +67,21 @@ def x64():
 def in_blocks(monkeypatch):
     """As on one CPU, with blocks of 16 entries; tells whether there were any."""
     loops = []
-    of_blocks = _rows._in_blocks
 
-    def counted(*args):
-        loops.append(args)
-        return of_blocks(*args)
+    def counted(loop):
+        def run(*args):
+            loops.append(loop)
+            return loop(*args)
+
+        return run
 
     def use():
         monkeypatch.setattr(jax, "device_count", lambda: 1)
         monkeypatch.setattr(_rows, "_BLOCK", 16)
-        monkeypatch.setattr(_rows, "_in_blocks", counted)
+        # So that the largest logit is often not among them.
+        monkeypatch.setattr(_rows, "_SOME", 2)
+        for name in ("reduced", "in_place"):
+            monkeypatch.setattr(_blocks, name, counted(getattr(_blocks, name)))
         return loops
 
     yield use
@@ -104,24 +110,79 @@ def test_blocks_equal_the_whole(name, shape, in_blocks, x64):
         np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)
 
 
-# As many rows as blocks have, and some more.
-@pytest.mark.parametrize("rows", [64, 67])
-@pytest.mark.parametrize("name", rest_slow(NAMES, lambda name: name == NAMES[0]))
-def test_the_gradient_takes_the_place_of_logits(name, rows, in_blocks, monkeypatch):
-    in_blocks()
-    monkeypatch.setattr(_rows, "_BLOCK", 1024)
-    logits = jax.ShapeDtypeStruct((rows, 256), jnp.float32)
+def temporaries(name, rows):
+    """Bytes beside the gradients of the hidden states and the kernel of logits."""
     labels = jnp.zeros(rows, int)
 
-    def total(student, teacher):
-        return loss_of(name, student, teacher, labels).sum()
+    def total(hidden, kernel, teacher):
+        return loss_of(name, hidden @ kernel, teacher, labels).sum()
 
-    def of_made(student, teacher):
-        return jax.grad(total)(2 * student, teacher).sum()
+    shapes = [(*rows, 8), (8, 256), (*rows, 256)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    gradients = jax.jit(jax.grad(total, (0, 1)))
+    return gradients.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
 
-    memory = jax.jit(of_made).lower(logits, logits).compile().memory_analysis()
-    whole, blocks = rows * 256 * 4, 10 * 1024 * 4
-    assert whole <= memory.temp_size_in_bytes < whole + blocks
+
+# As many rows as blocks have, and some more.
+@pytest.mark.parametrize("rows", [256, 259])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("forward_kl", 1),
+        # After the blocks a product with the cotangent, too.
+        ("jensen_shannon", 2),
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in SINGLE[1:]),
+        pytest.param("skew_kl", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_the_gradient_takes_the_place_of_logits(
+    name, count, rows, in_blocks, monkeypatch
+):
+    loops = in_blocks()
+    monkeypatch.setattr(_rows, "_BLOCK", 1024)
+    whole, blocks = rows * 256 * 4, 20 * 1024 * 4
+    assert whole <= temporaries(name, (rows,)) < count * whole + blocks
+    assert loops
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "knowledge_distillation"])
+def test_a_gradient_with_two_users_is_made_once(name, in_blocks, monkeypatch):
+    loops = in_blocks()
+    monkeypatch.setattr(_rows, "_BLOCK", 1024)
+    # The kernel's gradient wants it transposed, in one array more. Made for each of its
+    # users, it would be made of powers that take one or two more.
+    whole, blocks = 256 * 256 * 4, 20 * 1024 * 4
+    assert temporaries(name, (4, 64)) < 2 * whole + blocks
+    assert loops
+
+
+# Of five classes, the blocks look for the largest logit in two.
+FAR = {
+    "further than is rounded well": ([0, 1, 17.5, 17, 3], [0, 1, 17, 18, 3]),
+    "beyond the range of powers": ([0, 1, 300, 299, 3], [1, 0, 299, 300, 200]),
+    "on one side": ([0, 1, 2, 3, 4], [0, 1, 2, 150, 149]),
+    "where the two are out": (
+        [-np.inf, -np.inf, -1000, -1001, -1002],
+        [-np.inf, -np.inf, -1001, -1000, -1003],
+    ),
+    "above all others": ([300, 299, 1, 0, 2], [299, 300, 2, 1, 0]),
+}
+
+
+@pytest.mark.parametrize("rows", FAR.values(), ids=FAR)
+@pytest.mark.parametrize("name", SINGLE)
+def test_the_largest_logit_may_be_far(name, rows, in_blocks, x64):
+    sides = [np.tile(np.float32(side), (6, 1)) for side in rows]
+    # Rows beside it that need nothing of the kind.
+    for each in sides:
+        each[[0, 3, 4]] = np.arange(5)
+    labels = jnp.full(6, 3)
+    expected = value_and_gradients(name, *map(np.float64, sides), labels)
+    loops = in_blocks()
+    found = value_and_gradients(name, *sides, labels)
+    assert loops
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.slow
@@ -150,8 +211,8 @@ def test_vmap_and_second_derivatives_in_blocks(in_blocks, x64):
 def as_on_tpu(monkeypatch):
     """The program for a TPU, computed here."""
 
-    def on_tpu(*args, tpu, **_):
-        return tpu(*args)
+    def on_tpu(*args, default, tpu=None, **_):
+        return (tpu or default)(*args)
 
     yield lambda: monkeypatch.setattr(jax.lax, "platform_dependent", on_tpu)
     jax.clear_caches()
