@@ -161,8 +161,9 @@ def _widened(inputs: Inputs) -> Inputs:
     )
 
 
-# 2 MB in float32: what is made of a block stays in the caches of the cores.
-_BLOCK = 2**19
+# 2 MB in float32: what is made of a block stays in the caches of the cores. Of few rows
+# a block is a share, so that it takes little memory beside them.
+_BLOCK, _SHARE = 2**19, 12
 
 
 def _evaluated(
@@ -196,14 +197,17 @@ def _evaluated(
     def in_blocks(*arrays: Array) -> tuple[Any, list[Array]]:
         if rule.sums_in_blocks is None:
             places = [len(tops) + index for index in by]
-            return _blocks.in_place(from_tops, size, places, *arrays)
+            # Smaller, as there are derivatives in them too.
+            half = max(1, size // 2)
+            return _blocks.in_place(from_tops, half, places, *arrays)
         of_some, of_all = _ways(rule.sums_in_blocks)
         found = _blocks.reduced(of_some, of_all, size, *arrays[len(tops) :])
         return found, []
 
     ways: dict[str, Callable[..., tuple[Any, list[Array]]]] = {}
-    size = max(1, _BLOCK // max(1, classes))
-    if size < math.prod(leading) and jax.device_count() == 1:
+    rows = math.prod(leading)
+    size = max(1, min(_BLOCK // max(1, classes), rows // _SHARE))
+    if size < rows and jax.device_count() == 1:
         ways["cpu"] = in_blocks
     if rule.sums_on_tpu:
         on_tpu = functools.partial(at_once, rule.sums_on_tpu)

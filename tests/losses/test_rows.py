@@ -78,6 +78,7 @@ def in_blocks(monkeypatch):
     def use():
         monkeypatch.setattr(jax, "device_count", lambda: 1)
         monkeypatch.setattr(_rows, "_BLOCK", 16)
+        monkeypatch.setattr(_rows, "_SHARE", 1)
         # So that the largest logit is often not among them.
         monkeypatch.setattr(_rows, "_SOME", 2)
         for name in ("reduced", "in_place"):
