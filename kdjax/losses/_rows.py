@@ -163,7 +163,7 @@ def _widened(inputs: Inputs) -> Inputs:
 
 # 2 MB in float32: what is made of a block stays in the caches of the cores. Of few rows
 # a block is a share, so that it takes little memory beside them.
-_BLOCK, _SHARE = 2**19, 12
+_BLOCK, _SHARE = 2**19, 16
 
 
 def _evaluated(
