@@ -161,8 +161,8 @@ def _widened(inputs: Inputs) -> Inputs:
     )
 
 
-# 2 MB in float32: what is made of a block stays in the caches of the cores. Of few rows
-# a block is a share, so that it takes little memory beside them.
+# 2 MB in float32: what is made of a block stays in the caches of the cores. Rows that
+# make only a few of these are cut smaller, so that a block is little beside them.
 _BLOCK, _SHARE = 2**19, 16
 
 
@@ -206,8 +206,9 @@ def _evaluated(
 
     ways: dict[str, Callable[..., tuple[Any, list[Array]]]] = {}
     rows = math.prod(leading)
-    size = max(1, min(_BLOCK // max(1, classes), rows // _SHARE))
-    if size < rows and jax.device_count() == 1:
+    fitting = max(1, _BLOCK // max(1, classes))
+    size = max(1, min(fitting, rows // _SHARE))
+    if fitting < rows and jax.device_count() == 1:
         ways["cpu"] = in_blocks
     if rule.sums_on_tpu:
         on_tpu = functools.partial(at_once, rule.sums_on_tpu)

@@ -111,6 +111,16 @@ def test_blocks_equal_the_whole(name, shape, in_blocks, x64):
         np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)
 
 
+def test_what_fits_into_the_caches_is_not_cut(in_blocks, monkeypatch):
+    share = _rows._SHARE
+    loops = in_blocks()
+    monkeypatch.setattr(_rows, "_SHARE", share)
+    value_and_gradients("forward_kl", *draw((4, 4), np.float32))
+    assert not loops
+    value_and_gradients("forward_kl", *draw((5, 4), np.float32))
+    assert loops
+
+
 def temporaries(name, rows):
     """Bytes beside the gradients of the hidden states and the kernel of logits."""
     labels = jnp.zeros(rows, int)
