@@ -19,38 +19,41 @@ Arrays = Sequence[Array]
 Of = Callable[..., Any]
 
 
-def reduced(of_rows: Of, otherwise: Of, size: int, *arrays: Array) -> Any:
+def reduced(of_rows: Of, others: Sequence[Of], size: int, *arrays: Array) -> Any:
     """What comes of all rows, as small arrays ``[..., 1]`` each.
 
     Args:
-      of_rows: ``(*rows)`` of some of them to a tree of such arrays, and to a boolean
-        one: whether each row can be had like that.
-      otherwise: ``(*rows)`` to the tree for blocks with a row that cannot.
+      of_rows: ``(*rows)`` of some of them to a tree of such arrays, and to one of
+        integers: 0 where a row's are right, else which of the others it takes. The
+        whole block takes the last that one of its rows does.
+      others: ``(tree, *rows)`` to the tree that is right.
       size: rows of a block, at most all there are.
-      *arrays: what the two functions take, for all rows.
+      *arrays: what the functions take, for all rows.
     """
     *leading, _ = arrays[0].shape
     rows = math.prod(leading)
     given = _flat(arrays, rows)
 
-    def of_block(function: Of, start: Array | int, *given: Array) -> Any:
-        return function(*_taken(given, start, size))
+    def first(start: Array | int, *given: Array) -> Any:
+        return of_rows(*_taken(given, start, size))
+
+    def kept(part: Any, *_: Array) -> Any:
+        return part
+
+    def by(other: Of, part: Any, start: Array, *given: Array) -> Any:
+        return other(part, *_taken(given, start, size))
 
     def fill(index: Array, filled: Any) -> Any:
         # The last block goes back over rows: a rest would have to be compiled too.
         start = jnp.minimum(index * size, rows - size)
-        part, possible = of_block(of_rows, start, *given)
-        # The branch takes its rows itself: handed in, they would be copied each time.
-        part = jax.lax.cond(
-            possible.all(),
-            lambda *_: part,
-            functools.partial(of_block, otherwise),
-            start,
-            *given,
-        )
+        part, which = first(start, *given)
+        # Each takes its rows itself: handed in, they would be copied each time.
+        ways: list[Of] = [kept]
+        ways += [functools.partial(by, other) for other in others]
+        part = jax.lax.switch(which.max(), ways, part, start, *given)
         return _put(filled, part, start)
 
-    shapes = jax.eval_shape(functools.partial(of_block, otherwise, 0), *given)
+    shapes, _ = jax.eval_shape(functools.partial(first, 0), *given)
     filled = jax.lax.fori_loop(0, -(-rows // size), fill, _unwritten(shapes, rows))
     return _as_rows(filled, leading)
 

@@ -15,9 +15,11 @@ from kdjax.losses import _checks
 from kdjax.losses._kl import soft_cross_entropy
 from kdjax.losses._kl_core import (
     FORWARD,
+    far,
     forward_rule,
     near_enough,
-    with_divergence,
+    refined,
+    rough_divergence,
 )
 from kdjax.losses._labels import (
     Hard,
@@ -33,7 +35,15 @@ from kdjax.losses._labels import (
     widened,
 )
 from kdjax.losses._pairs import STUDENT, Sums, first_pass, power_sums, second_pass
-from kdjax.losses._rows import Rule, as_columns, by_rows, wide_dtype
+from kdjax.losses._rows import (
+    ASTRAY,
+    DONE,
+    ROUGH,
+    Rule,
+    as_columns,
+    by_rows,
+    wide_dtype,
+)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -118,7 +128,7 @@ class _Distillation(NamedTuple):
     soft: Sums
 
 
-HARD_WEIGHT, SOFT_WEIGHT = 4, 5
+LABELS, HARD_WEIGHT, SOFT_WEIGHT = 3, 4, 5
 
 
 def _distillation_sums(
@@ -137,8 +147,14 @@ def _distillation_sums(
     soft = first((shifts[0], shifts[1]), *inputs)
     # Together: both need one and the same pass over the classes.
     hard, soft = jax.lax.optimization_barrier((hard, soft))
-    soft = second(soft, *inputs)
-    hard_weight, soft_weight = (validity_of(labels, student) * each for each in weights)
+    return _mixed(hard, second(soft, *inputs), student, labels, *weights)
+
+
+def _mixed(
+    hard: Hard, soft: Sums, student: Array, labels: Array, *weights: Array
+) -> _Distillation:
+    validity = validity_of(labels, student)
+    hard_weight, soft_weight = (validity * each for each in weights)
     value = weighted(hard_weight, hard.value) + weighted(soft_weight, soft.value)
     return _Distillation(value, hard, soft)
 
@@ -167,8 +183,23 @@ def _distillation_partial(
 def _distillation_in_blocks(
     tops: Sequence[Array], *inputs: Array
 ) -> tuple[_Distillation, Array]:
-    sums = _distillation_sums(power_sums, with_divergence, tops, *inputs)
-    return sums, near_enough(sums.soft) & hard_near_enough(sums.hard)
+    sums = _distillation_sums(power_sums, rough_divergence, tops, *inputs)
+    labels = inputs[LABELS]
+    found = jnp.where(far(sums.soft) | (labels < 0), DONE, ROUGH)
+    near = near_enough(sums.soft) & hard_near_enough(sums.hard)
+    return sums, jnp.where(near, found, ASTRAY)
+
+
+def _distillation_refined(
+    sums: _Distillation,
+    student: Array,
+    teacher: Array,
+    inverse: Array,
+    labels: Array,
+    *weights: Array,
+) -> _Distillation:
+    soft = refined(sums.soft, *where_scored(labels, student, teacher), inverse)
+    return _mixed(sums.hard, soft, student, labels, *weights)
 
 
 # Hard and soft labels together, so that both come from one look at the logits.
@@ -179,6 +210,7 @@ _distillation = by_rows(
         ),
         _distillation_partial,
         sums_in_blocks=_distillation_in_blocks,
+        refined=_distillation_refined,
     )
 )
 

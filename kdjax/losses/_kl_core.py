@@ -17,7 +17,7 @@ from kdjax.losses._pairs import (
     rule,
     total,
 )
-from kdjax.losses._rows import MOST, by_rows, traced_once
+from kdjax.losses._rows import ASTRAY, DONE, MOST, ROUGH, by_rows, traced_once
 
 FORWARD = Formula(
     terms=lambda pair: (excess(pair.p, pair.q, pair.x),),
@@ -28,24 +28,46 @@ FORWARD = Formula(
 )
 
 
-@traced_once
-def with_divergence(sums: Sums, student: Array, teacher: Array, inverse: Array) -> Sums:
-    """Adds the divergence to :func:`~kdjax.losses._pairs.power_sums`.
+# A divergence from which on the rounding of the sums of the powers does not show.
+_FAR = 0.5
 
-    The log ratio of rounded sums is good enough to begin with: to first order, the
-    terms' sum does not depend on it. How far off it was is seen at the end, from the
-    sum of ``q - p``, which is the difference of two sums over the classes. That saves
-    the first pass a series, but derivatives have to wait for this one.
+
+@traced_once
+def rough_divergence(
+    sums: Sums, student: Array, teacher: Array, inverse: Array
+) -> Sums:
+    """Adds the divergence to :func:`~kdjax.losses._pairs.power_sums`, as E_p[x].
+
+    Right where it is :func:`far`, since the positive terms then outweigh the others.
     """
     # Else XLA puts the sums of the powers off to this pass, and this one to a third.
     sums = jax.lax.optimization_barrier(sums)._replace(shifts=sums.shifts)
+    p, _, x, _ = pair_of(sums, student, teacher, inverse)
+    mean = total(jnp.where(p == 0, 0, p * x))
+    return sums._replace(value=mean, totals=(mean,))
+
+
+def far(sums: Sums) -> Array:
+    """Whether a rough divergence is right, ``[..., 1]``; not so where it is NaN."""
+    return sums.value >= _FAR
+
+
+@traced_once
+def refined(sums: Sums, student: Array, teacher: Array, inverse: Array) -> Sums:
+    """The divergence near equality too, from the rough one.
+
+    The log ratio of rounded sums is good enough to begin with: to first order, the
+    sum of these terms does not depend on it. How far off it was is seen at the end, as
+    the sum of ``q - p``, which is the difference of the two divergences. That saves
+    the first pass a series, but derivatives have to wait for this one.
+    """
     p, q, x, _ = pair_of(sums, student, teacher, inverse)
-    value, mean = total(excess(p, q, x)), total(jnp.where(p == 0, 0, p * x))
-    # Far from equality the rounding of the two sums is larger than what is looked for.
-    off_by = jnp.where(value < 0.5, value - mean, 0)
+    value = total(excess(p, q, x))
+    off_by = value - sums.value
     # Rounding must not leave less than nothing; a NaN stays one.
     value = jnp.maximum(value - off_by**2 / 2, 0)
-    log_ratio = sums.log_ratio + off_by
+    value = jnp.where(far(sums), sums.value, value)
+    log_ratio = jnp.where(far(sums), sums.log_ratio, sums.log_ratio + off_by)
     return sums._replace(value=value, log_ratio=log_ratio, totals=(value,))
 
 
@@ -55,11 +77,12 @@ def near_enough(sums: Sums) -> Array:
 
 
 def _sums_in_blocks(tops: Tops, *inputs: Array) -> tuple[Sums, Array]:
-    sums = power_sums(tops, *inputs)
-    return with_divergence(sums, *inputs), near_enough(sums)
+    sums = rough_divergence(power_sums(tops, *inputs), *inputs)
+    found = jnp.where(far(sums), DONE, ROUGH)
+    return sums, jnp.where(near_enough(sums), found, ASTRAY)
 
 
-forward_rule = rule(FORWARD, _sums_in_blocks)
+forward_rule = rule(FORWARD, _sums_in_blocks, refined)
 forward_core = by_rows(forward_rule)
 
 

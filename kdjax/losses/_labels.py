@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdjax.losses._rows import MOST, Rule, by_rows
+from kdjax.losses._rows import ASTRAY, DONE, MOST, Rule, by_rows
 
 
 def widened(logits: Array) -> Array:
@@ -106,7 +106,7 @@ def _sums_in_blocks(
     tops: Sequence[Array], logits: Array, labels: Array
 ) -> tuple[Hard, Array]:
     sums = hard_sums(tops, logits, labels)
-    return sums, hard_near_enough(sums)
+    return sums, jnp.where(hard_near_enough(sums), DONE, ASTRAY)
 
 
 _hard = by_rows(Rule(hard_sums, hard_partial, sums_in_blocks=_sums_in_blocks))

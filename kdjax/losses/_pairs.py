@@ -187,6 +187,9 @@ def power_sums(shifts: Tops, student: Array, teacher: Array, inverse: Array) -> 
     logarithm of the sum of their powers.
     """
     p, q, _ = _unscaled(shifts, student, teacher, inverse)
+    # What only a sum needs, XLA takes into it, but on a CPU with the shifts and the
+    # temperature in arrays of their own; not so through a selection.
+    q = jnp.where(q == 0, 0, q)
     # A row without a single class left has no distribution; all its terms are 0.
     student_sum, teacher_sum = (
         jnp.where(each == 0, 1, each) for each in (total(q), total(p))
@@ -286,6 +289,7 @@ STUDENT, TEACHER, INVERSE = range(3)
 def rule(
     formula: Formula,
     sums_in_blocks: Callable[..., tuple[Sums, Array]] | None = None,
+    refined: Callable[..., Sums] | None = None,
 ) -> Rule:
     """Makes a rule over ``(student, teacher, inverse, *hyper)``.
 
@@ -325,7 +329,7 @@ def rule(
     on_tpu = None
     if formula.scores is not None:
         on_tpu = functools.partial(_sums_on_tpu, formula, formula.scores)
-    return Rule(sums, partial, on_tpu, sums_in_blocks)
+    return Rule(sums, partial, on_tpu, sums_in_blocks, refined)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

@@ -34,15 +34,21 @@ class Rule(NamedTuple):
         that index: ``[..., V]`` by logits, ``[..., 1]`` by numbers.
       sums_on_tpu: ``sums`` in fewer passes over the classes, where there is a way.
       sums_in_blocks: ``(tops, *inputs)`` to ``sums`` by less arithmetic, if in more
-        passes, and whether each row's tops were near enough to its largest logits,
-        ``[..., 1]``. For rules whose derivatives XLA makes in a single pass: those in
+        passes, and to what each row's are, ``[..., 1]``: ``DONE``, ``ROUGH`` or
+        ``ASTRAY``. For rules whose derivatives XLA makes in a single pass: those in
         which it meets no exponential, logarithm or quotient of all classes twice.
+      refined: ``(sums, *inputs)`` to what rough ones lack.
     """
 
     sums: Callable[..., Any]
     partial: Callable[..., Array]
     sums_on_tpu: Callable[..., Any] | None = None
     sums_in_blocks: Callable[..., tuple[Any, Array]] | None = None
+    refined: Callable[..., Any] | None = None
+
+
+DONE, ROUGH, ASTRAY = range(3)
+"""Sums of a row: right, to be refined, or from tops too far from the largest logits."""
 
 
 def by_rows(rule: Rule) -> Callable[..., Array]:
@@ -200,8 +206,8 @@ def _evaluated(
             # Smaller, as there are derivatives in them too.
             half = max(1, size // 2)
             return _blocks.in_place(from_tops, half, places, *arrays)
-        of_some, of_all = _ways(rule.sums_in_blocks)
-        found = _blocks.reduced(of_some, of_all, size, *arrays[len(tops) :])
+        given = arrays[len(tops) :]
+        found = _blocks.reduced(*_ways(rule, rule.sums_in_blocks), size, *given)
         return found, []
 
     ways: dict[str, Callable[..., tuple[Any, list[Array]]]] = {}
@@ -230,9 +236,9 @@ def _largest_of_some(logits: Array) -> Array:
 
 
 def _ways(
-    sums: Callable[..., tuple[Any, Array]],
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """A rule's ``sums_in_blocks``, as :func:`kdjax.losses._blocks.reduced` takes it."""
+    rule: Rule, sums: Callable[..., tuple[Any, Array]]
+) -> tuple[Callable[..., Any], list[Callable[..., Any]]]:
+    """Of a rule with ``sums_in_blocks``, for :func:`kdjax.losses._blocks.reduced`."""
 
     def of_tops(top: Callable[[Array], Array], *rows: Array) -> tuple[Any, Array]:
         wide = _widened(rows)
@@ -241,7 +247,10 @@ def _ways(
     def from_some(*rows: Array) -> tuple[Any, Array]:
         return of_tops(_largest_of_some, *rows)
 
-    def from_all(*rows: Array) -> Any:
-        return of_tops(largest, *rows)[0]
+    def refined(sums: Any, *rows: Array) -> Any:
+        return rule.refined(sums, *_widened(rows)) if rule.refined else sums
 
-    return from_some, from_all
+    def from_all(_: Any, *rows: Array) -> Any:
+        return refined(of_tops(largest, *rows)[0], *rows)
+
+    return from_some, [refined, from_all]

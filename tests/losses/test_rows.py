@@ -268,6 +268,28 @@ def test_its_own_way_costs_no_digits(
         assert error < 3e-6
 
 
+@pytest.mark.parametrize("name", SINGLE[:3])
+def test_a_block_may_hold_rows_near_and_far(name, in_blocks, monkeypatch, x64):
+    student, noise, labels = draw((12, 16), np.float32, distance=1.0)
+    noise -= student
+    # Divergences from 1e-8 to 10; from 0.5 on they are found with less arithmetic.
+    distances = [4, 1e-4, 3, 1e-3, 0, 0.9, 3, 2, 4, 1.3, 1, 1.1]
+    teacher = student + jnp.float32(distances)[:, None] * noise
+    labels = jnp.abs(labels).at[2].set(-1)
+    wide = [each.astype(jnp.float64) for each in (student, teacher)]
+    expected = value_and_gradients(name, *wide, labels)
+    loops = in_blocks()
+    monkeypatch.setattr(_rows, "_BLOCK", 3 * 16)
+    found = value_and_gradients(name, student, teacher, labels)
+    assert loops
+    for one, other in zip(found, expected, strict=True):
+        error, size = (
+            np.linalg.norm(each.reshape(12, -1), axis=1)
+            for each in (one - other, other)
+        )
+        assert (error <= 2e-6 * size).all()
+
+
 @elsewhere_too
 def test_its_own_way_at_the_edges(name, device, compile_for, x64):
     student, teacher, labels = draw((6, 5), np.float32)
