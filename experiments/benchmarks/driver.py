@@ -49,8 +49,8 @@ class Config:
     """CPU devices, each with a copy of every array."""
     steps: int = 100
     """Of one run."""
-    repeats: int = 7
-    """Runs of each side, in turns; medians are shown, with quartiles."""
+    repeats: int = 5
+    """Rounds, in which each side runs twice; medians are shown, with quartiles."""
     markdown: bool = False
     """Print tables for a README."""
 

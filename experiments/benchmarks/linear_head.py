@@ -70,8 +70,8 @@ class Config:
     takes them, or XLA's own choice, 256 bits."""
     chunk_size: int | None = None
     """Tokens at a time, kdjax' own choice by default."""
-    repeats: int = 7
-    """Runs of each side, in turns; medians are shown, with quartiles."""
+    repeats: int = 5
+    """Rounds, in which each side runs twice; medians are shown, with quartiles."""
     only: Literal["first", "large", "slice"] | None = None
     """One of the parts; all by default (the slice where libtpu is installed)."""
     slice_tokens: int = 65536

@@ -37,8 +37,8 @@ class Config:
     """Rows of the logits."""
     vocabulary: int = 32000
     """Classes of each row."""
-    repeats: int = 7
-    """Runs of each side, in turns; medians are shown, with quartiles."""
+    repeats: int = 5
+    """Rounds, in which each side runs twice; medians are shown, with quartiles."""
     only: Literal["losses", "traffic", "step"] | None = None
     """One of the three parts; all by default (traffic where libtpu is installed)."""
     torch: Path | None = None

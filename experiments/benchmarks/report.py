@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -71,20 +72,28 @@ def stopwatch(run: Callable[[], Any]) -> Callable[[], Sample]:
 def interleaved(
     runs: Mapping[str, Callable[[], Sample]], repeats: int, pause: float = 0.0
 ) -> dict[str, list[Sample]]:
-    """Runs all in turn, again and again, so that noise of the machine hits all alike.
+    """Runs all in turn, there and back, so that noise of the machine hits all alike.
 
-    Every other round goes backwards: what a run finds depends on the one before it. One
-    round before the first is not counted. Before each run the memory of the one before
-    goes back to the system, which takes a while of its own.
+    A round's sample is the mean of both ways: what a run finds depends on the one
+    before it, and with one way alone, one side would always follow the other. One run
+    of each before the first round is not counted. Before each run the memory of the one
+    before goes back to the system, which takes a while of its own.
     """
+
+    def once(name: str) -> Sample:
+        gc.collect()
+        time.sleep(pause)
+        return runs[name]()
+
     samples: dict[str, list[Sample]] = {name: [] for name in runs}
-    for round_ in range(repeats + 1):
-        for name in list(runs)[:: -1 if round_ % 2 else 1]:
-            gc.collect()
-            time.sleep(pause)
-            sample = runs[name]()
-            if round_:
-                samples[name].append(sample)
+    for name in runs:
+        once(name)
+    for _ in range(repeats):
+        there = {name: once(name) for name in runs}
+        back = {name: once(name) for name in reversed([*runs])}
+        for name, taken in samples.items():
+            pair = zip(there[name], back[name], strict=True)
+            taken.append(Sample(*map(statistics.fmean, pair)))
     return samples
 
 

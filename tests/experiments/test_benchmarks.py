@@ -58,10 +58,10 @@ def test_all_loops_take_the_same_steps():
         "placed": 1,
         "jit": 1,
     }
-    # One round is not counted.
+    # One run before the round, then there and back.
     states = sides.states
     assert {name: int(state.step) for name, state in states.items()} == {
-        "fit": 4,
+        "fit": 6,
         "placed": 4,
         "jit": 4,
     }
@@ -73,13 +73,16 @@ def test_sides_are_run_in_turns():
 
     def run(name):
         order.append(name)
-        return report.Sample(1.0, 2.0)
+        return report.Sample(float(len(order)), 2.0)
 
     runs = {name: lambda name=name: run(name) for name in "ab"}
     samples = report.interleaved(runs, repeats=2)
-    # Back and forth, and the round before the first.
-    assert order == list("abbaab")
-    assert samples == {name: [report.Sample(1.0, 2.0)] * 2 for name in "ab"}
+    # One run before the first round, then there and back.
+    assert order == list("ab" + "abba" + "abba")
+    means = [4.5, 8.5]
+    assert samples == {
+        name: [report.Sample(mean, 2.0) for mean in means] for name in "ab"
+    }
 
 
 def test_ratio_is_of_neighbouring_runs():
