@@ -208,11 +208,8 @@ def of_size(
                 for side, program in (programs | {PRODUCTS: bare}).items()
             }
             runs |= _of_torch(ask, name, mine) if ask is not None else {}
-            samples = report.interleaved(runs, config.repeats, pause=0.3)
-            ours = samples.pop("kdjax")
-            for other, theirs in samples.items():
-                target = TARGETS.get(name, DEFAULT_TARGETS).get(other)
-                yield from report.compared(section, name, other, ours, theirs, target)
+            targets = TARGETS.get(name, DEFAULT_TARGETS)
+            yield from report.beside(runs, config.repeats, section, name, targets)
             yield _memory(section, name, programs)
 
 

@@ -115,11 +115,8 @@ def of_losses(config: Config) -> Iterator[Figure]:
             if ask is not None:
                 _agree(name, programs["kdjax"](*arrays), Answer(*ask(name)))
                 runs[TORCH] = functools.partial(_time_of, ask, name)
-            samples = report.interleaved(runs, config.repeats, pause=0.3)
-            for other, target in {"Optax": 0.7, TORCH: 1.0}.items():
-                if other in samples:
-                    sides = samples["kdjax"], samples[other]
-                    yield from report.compared(section, name, other, *sides, target)
+            targets = {"Optax": 0.7, TORCH: 1.0}
+            yield from report.beside(runs, config.repeats, section, name, targets)
             yield _memory(section, name, programs)
 
 

@@ -6,7 +6,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,6 +95,26 @@ def interleaved(
             pair = zip(there[name], back[name], strict=True)
             taken.append(Sample(*map(statistics.fmean, pair)))
     return samples
+
+
+def beside(
+    runs: Mapping[str, Callable[[], Sample]],
+    repeats: int,
+    section: str,
+    subject: str,
+    targets: Mapping[str, float],
+) -> Iterator[Figure]:
+    """Compares kdjax with each of the other sides, in rounds of the two alone.
+
+    A third side's gigabytes, on their way back to the system, would slow down whoever
+    comes after it.
+    """
+    for other in runs:
+        if other != "kdjax":
+            pair = {name: runs[name] for name in ("kdjax", other)}
+            ours, theirs = interleaved(pair, repeats, pause=0.3).values()
+            target = targets.get(other)
+            yield from compared(section, subject, other, ours, theirs, target)
 
 
 def compared(
