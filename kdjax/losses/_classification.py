@@ -27,6 +27,7 @@ from kdjax.losses._labels import (
     hard_near_enough,
     hard_partial,
     hard_sums,
+    hard_sums_on_one,
     negative_log_likelihood,
     scored,
     validity_of,
@@ -132,6 +133,7 @@ LABELS, HARD_WEIGHT, SOFT_WEIGHT = 3, 4, 5
 
 
 def _distillation_sums(
+    of_label: Callable[..., Hard],
     first: Callable[..., Sums],
     second: Callable[..., Sums],
     tops: Sequence[Array],
@@ -141,7 +143,7 @@ def _distillation_sums(
     labels: Array,
     *weights: Array,
 ) -> _Distillation:
-    hard = hard_sums(tops, student, labels)
+    hard = of_label(tops, student, labels)
     shifts = where_scored(labels, *tops)
     inputs = *where_scored(labels, student, teacher), inverse
     soft = first((shifts[0], shifts[1]), *inputs)
@@ -183,7 +185,8 @@ def _distillation_partial(
 def _distillation_in_blocks(
     tops: Sequence[Array], *inputs: Array
 ) -> tuple[_Distillation, Array]:
-    sums = _distillation_sums(power_sums, rough_divergence, tops, *inputs)
+    ways = hard_sums_on_one, power_sums, rough_divergence
+    sums = _distillation_sums(*ways, tops, *inputs)
     labels = inputs[LABELS]
     found = jnp.where(far(sums.soft) | (labels < 0), DONE, ROUGH)
     near = near_enough(sums.soft) & hard_near_enough(sums.hard)
@@ -206,7 +209,10 @@ def _distillation_refined(
 _distillation = by_rows(
     Rule(
         functools.partial(
-            _distillation_sums, first_pass, functools.partial(second_pass, FORWARD)
+            _distillation_sums,
+            hard_sums,
+            first_pass,
+            functools.partial(second_pass, FORWARD),
         ),
         _distillation_partial,
         sums_in_blocks=_distillation_in_blocks,

@@ -7,6 +7,7 @@ that are sharded over a mesh stay where they are.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -73,7 +74,23 @@ def where_scored(labels: Array, *arrays: Array) -> list[Array]:
     return [jnp.where(labels < 0, 0.0, each) for each in arrays]
 
 
-def hard_sums(tops: Sequence[Array], logits: Array, labels: Array) -> Hard:
+def _by_sum(logits: Array, labels: Array) -> Array:
+    """The logit of each label, without a gathering of classes on several devices."""
+    return jnp.where(at_label(labels, logits), logits, 0.0).sum(-1, keepdims=True)
+
+
+def _by_place(logits: Array, labels: Array) -> Array:
+    """The same in a pass less, for rows on one device."""
+    places = jnp.clip(labels, 0, logits.shape[-1] - 1)
+    return jnp.take_along_axis(logits, places, -1)
+
+
+def hard_sums(
+    tops: Sequence[Array],
+    logits: Array,
+    labels: Array,
+    pick: Callable[[Array, Array], Array] = _by_sum,
+) -> Hard:
     """-log softmax(logits)[label], and what its derivative needs."""
     logits, top = where_scored(labels, logits, tops[0])
     is_label = at_label(labels, logits)
@@ -81,11 +98,14 @@ def hard_sums(tops: Sequence[Array], logits: Array, labels: Array) -> Hard:
     # The other classes are summed apart from the label's: the loss of a confident,
     # right row is then tiny, and not the difference of two equal numbers.
     others = jnp.where(is_label, 0.0, jnp.exp(below)).sum(-1, keepdims=True)
-    label = jnp.where(is_label, below, 0.0).sum(-1, keepdims=True)
+    label = pick(below, labels)
     alone = others == 0
     odds = jnp.log(jnp.where(alone, 1.0, others)) - label
     loss = jnp.where(alone, 0.0, jax.nn.softplus(odds))
     return Hard(weighted(validity_of(labels, logits), loss), top, label, others)
+
+
+hard_sums_on_one = functools.partial(hard_sums, pick=_by_place)
 
 
 def hard_partial(index: int, sums: Hard, logits: Array, labels: Array) -> Array:
@@ -105,7 +125,7 @@ def hard_near_enough(sums: Hard) -> Array:
 def _sums_in_blocks(
     tops: Sequence[Array], logits: Array, labels: Array
 ) -> tuple[Hard, Array]:
-    sums = hard_sums(tops, logits, labels)
+    sums = hard_sums_on_one(tops, logits, labels)
     return sums, jnp.where(hard_near_enough(sums), DONE, ASTRAY)
 
 

@@ -148,7 +148,13 @@ def _unscaled(
     x = jnp.where(is_close, direct - (teacher_shift - student_shift), below_p - below_q)
     # A slot that is -inf in both is out; a NaN of the logits stays one.
     x = jnp.where(jnp.maximum(below_p, below_q) == -jnp.inf, 0, x)
-    return jnp.exp(below_p * inverse), jnp.exp(below_q * inverse), x * inverse
+    # What only a sum needs, XLA takes into it, but on a CPU with the shifts and the
+    # temperature in arrays of their own; not so through a selection.
+    p, q = (
+        jnp.where(below == -jnp.inf, 0, jnp.exp(below * inverse))
+        for below in (below_p, below_q)
+    )
+    return p, q, x * inverse
 
 
 Tops = tuple[Array, Array]
@@ -187,9 +193,6 @@ def power_sums(shifts: Tops, student: Array, teacher: Array, inverse: Array) -> 
     logarithm of the sum of their powers.
     """
     p, q, _ = _unscaled(shifts, student, teacher, inverse)
-    # What only a sum needs, XLA takes into it, but on a CPU with the shifts and the
-    # temperature in arrays of their own; not so through a selection.
-    q = jnp.where(q == 0, 0, q)
     # A row without a single class left has no distribution; all its terms are 0.
     student_sum, teacher_sum = (
         jnp.where(each == 0, 1, each) for each in (total(q), total(p))
