@@ -169,7 +169,7 @@ def _widened(inputs: Inputs) -> Inputs:
 
 # 2 MB in float32: what is made of a block stays in the caches of the cores. Rows that
 # make only a few of these are cut smaller, so that a block is little beside them.
-_BLOCK, _SHARE = 2**19, 16
+_BLOCK, _SHARE = 2**19, 8
 
 
 def _evaluated(
