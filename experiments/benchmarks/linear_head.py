@@ -183,6 +183,7 @@ def of_size(
     section = f"Value and gradient, {[*batch]} x {vocabulary} float32, {widths}"
     compiled_here = functools.partial(cores.compiled, vectors=config.vectors)
     bare = compiled_here(products, *arrays)
+    beside = functools.partial(report.beside, config.repeats, section)
     with contextlib.ExitStack() as stack:
         ask = None
         if config.torch is not None:
@@ -209,7 +210,8 @@ def of_size(
             }
             runs |= _of_torch(ask, name, mine) if ask is not None else {}
             targets = TARGETS.get(name, DEFAULT_TARGETS)
-            yield from report.beside(runs, config.repeats, section, name, targets)
+            ours = runs.pop("kdjax")
+            yield from beside(name, ours, runs, targets)
             yield _memory(section, name, programs)
 
 

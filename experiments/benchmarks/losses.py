@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -96,28 +96,29 @@ def of_losses(config: Config) -> Iterator[Figure]:
     shape = f"[{config.tokens}, {config.vocabulary}] float32"
     section = f"Value and gradient by the student, {shape}"
     arrays = jax.device_put(tuple(draw(config.tokens, config.vocabulary)))
-    with contextlib.ExitStack() as stack:
-        ask = None
-        if config.torch is not None:
-            size = {"tokens": config.tokens, "vocabulary": config.vocabulary}
-            ask = stack.enter_context(asked(config.torch, "torch_losses", **size))
-        for name in LOSSES:
-            programs = {
-                side: cores.compiled(
-                    forms.mean_and_gradient(form[name]), *arrays, vectors=config.vectors
-                )
-                for side, form in (("kdjax", forms.KDJAX), ("Optax", forms.OPTAX))
-            }
-            runs = {
-                side: report.stopwatch(functools.partial(run, program, arrays))
-                for side, program in programs.items()
-            }
-            if ask is not None:
-                _agree(name, programs["kdjax"](*arrays), Answer(*ask(name)))
-                runs[TORCH] = functools.partial(_time_of, ask, name)
-            targets = {"Optax": 0.7, TORCH: 1.0}
-            yield from report.beside(runs, config.repeats, section, name, targets)
-            yield _memory(section, name, programs)
+
+    def compiled(form: forms.Loss) -> Any:
+        function = forms.mean_and_gradient(form)
+        return cores.compiled(function, *arrays, vectors=config.vectors)
+
+    def timed(program: Any) -> Callable[[], Sample]:
+        return report.stopwatch(functools.partial(run, program, arrays))
+
+    ours = {name: compiled(forms.KDJAX[name]) for name in LOSSES}
+    beside = functools.partial(report.beside, config.repeats, section)
+    # First, since Optax' gigabytes are on their way back to the system for a while.
+    if config.torch is not None:
+        size = {"tokens": config.tokens, "vocabulary": config.vocabulary}
+        with asked(config.torch, "torch_losses", **size) as ask:
+            for name, program in ours.items():
+                _agree(name, program(*arrays), Answer(*ask(name)))
+                theirs = functools.partial(_time_of, ask, name)
+                yield from beside(name, timed(program), {TORCH: theirs}, {TORCH: 1.0})
+    for name, program in ours.items():
+        optax = compiled(forms.OPTAX[name])
+        sides = {"Optax": timed(optax)}
+        yield from beside(name, timed(program), sides, {"Optax": 0.7})
+        yield _memory(section, name, program, optax)
 
 
 def run(program: Any, arrays: Any) -> Any:
@@ -130,13 +131,12 @@ def _time_of(ask: Ask, name: str) -> Sample:
     return Sample(wall, cpu)
 
 
-def _memory(section: str, name: str, programs: dict[str, Any]) -> Figure:
-    ours, theirs = (
-        programs[side].memory_analysis().temp_size_in_bytes
-        for side in ("kdjax", "Optax")
+def _memory(section: str, name: str, ours: Any, optax: Any) -> Figure:
+    mine, theirs = (
+        program.memory_analysis().temp_size_in_bytes for program in (ours, optax)
     )
-    sides = f"{ours / 1e6:.1f} MB", "Optax", f"{theirs / 1e6:.1f} MB"
-    return Figure(section, name, "temporaries", *sides, ours / theirs, target=0.5)
+    sides = f"{mine / 1e6:.1f} MB", "Optax", f"{theirs / 1e6:.1f} MB"
+    return Figure(section, name, "temporaries", *sides, mine / theirs, target=0.5)
 
 
 class Answer(NamedTuple):

@@ -98,10 +98,11 @@ def interleaved(
 
 
 def beside(
-    runs: Mapping[str, Callable[[], Sample]],
     repeats: int,
     section: str,
     subject: str,
+    ours: Callable[[], Sample],
+    others: Mapping[str, Callable[[], Sample]],
     targets: Mapping[str, float],
 ) -> Iterator[Figure]:
     """Compares kdjax with each of the other sides, in rounds of the two alone.
@@ -109,12 +110,10 @@ def beside(
     A third side's gigabytes, on their way back to the system, would slow down whoever
     comes after it.
     """
-    for other in runs:
-        if other != "kdjax":
-            pair = {name: runs[name] for name in ("kdjax", other)}
-            ours, theirs = interleaved(pair, repeats, pause=0.3).values()
-            target = targets.get(other)
-            yield from compared(section, subject, other, ours, theirs, target)
+    for name, other in others.items():
+        pair = {"kdjax": ours, name: other}
+        mine, theirs = interleaved(pair, repeats, pause=0.3).values()
+        yield from compared(section, subject, name, mine, theirs, targets.get(name))
 
 
 def compared(

@@ -92,9 +92,10 @@ def test_sides_are_compared_two_by_two():
         order.append(name)
         return report.Sample(wall, wall)
 
-    walls = {"a": 4.0, "kdjax": 2.0, "b": 1.0}
-    runs = {name: lambda name=name: run(name, walls[name]) for name in walls}
-    figures = [*report.beside(runs, 1, "", "", {"a": 0.7})]
+    walls = {"kdjax": 2.0, "a": 4.0, "b": 1.0}
+    ours, *others = (lambda name=name: run(name, walls[name]) for name in walls)
+    others = dict(zip("ab", others, strict=True))
+    figures = [*report.beside(1, "", "", ours, others, {"a": 0.7})]
     assert order == [
         *("kdjax", "a", "kdjax", "a", "a", "kdjax"),
         *("kdjax", "b", "kdjax", "b", "b", "kdjax"),
