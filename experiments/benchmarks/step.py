@@ -165,7 +165,7 @@ def figures(repeats: int, sizes: dict[str, Size] = SIZES) -> Iterator[Figure]:
         }
         samples = {
             side: [report.Sample(*(s / size.steps for s in sample)) for sample in taken]
-            for side, taken in report.interleaved(runs, repeats).items()
+            for side, taken in report.interleaved(runs, 2 * repeats).items()
         }
         layers = " to ".join(map(str, size.widths))
         subject = f"{name}: batch {size.batch}, {layers}"
