@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,37 +10,17 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from kdjax.losses import _checks
+from kdjax.losses._distillation_core import distillation_core
 from kdjax.losses._kl import soft_cross_entropy
-from kdjax.losses._kl_core import (
-    FORWARD,
-    far,
-    forward_rule,
-    near_enough,
-    refined,
-    rough_divergence,
-)
 from kdjax.losses._labels import (
-    Hard,
     at_label,
-    hard_near_enough,
-    hard_partial,
-    hard_sums,
-    hard_sums_on_one,
     negative_log_likelihood,
     scored,
-    validity_of,
     weighted,
-    where_scored,
     widened,
 )
-from kdjax.losses._pairs import STUDENT, Sums, first_pass, power_sums, second_pass
 from kdjax.losses._rows import (
-    ASTRAY,
-    DONE,
-    ROUGH,
-    Rule,
     as_columns,
-    by_rows,
     wide_dtype,
 )
 
@@ -123,104 +101,6 @@ def cross_entropy(
     return _cross_entropy(logits, labels, None if off else label_smoothing, where)
 
 
-class _Distillation(NamedTuple):
-    value: Array
-    hard: Hard
-    soft: Sums
-
-
-LABELS, HARD_WEIGHT, SOFT_WEIGHT = 3, 4, 5
-
-
-def _distillation_sums(
-    of_label: Callable[..., Hard],
-    first: Callable[..., Sums],
-    second: Callable[..., Sums],
-    tops: Sequence[Array],
-    student: Array,
-    teacher: Array,
-    inverse: Array,
-    labels: Array,
-    *weights: Array,
-) -> _Distillation:
-    hard = of_label(tops, student, labels)
-    shifts = where_scored(labels, *tops)
-    inputs = *where_scored(labels, student, teacher), inverse
-    soft = first((shifts[0], shifts[1]), *inputs)
-    # Together: both need one and the same pass over the classes.
-    hard, soft = jax.lax.optimization_barrier((hard, soft))
-    return _mixed(hard, second(soft, *inputs), student, labels, *weights)
-
-
-def _mixed(
-    hard: Hard, soft: Sums, student: Array, labels: Array, *weights: Array
-) -> _Distillation:
-    validity = validity_of(labels, student)
-    hard_weight, soft_weight = (validity * each for each in weights)
-    value = weighted(hard_weight, hard.value) + weighted(soft_weight, soft.value)
-    return _Distillation(value, hard, soft)
-
-
-def _distillation_partial(
-    index: int,
-    sums: _Distillation,
-    student: Array,
-    teacher: Array,
-    inverse: Array,
-    labels: Array,
-    *weights: Array,
-) -> Array:
-    validity = validity_of(labels, student)
-    if index >= HARD_WEIGHT:
-        value = sums.hard.value if index == HARD_WEIGHT else sums.soft.value
-        return validity * value
-    hard_weight, soft_weight = (validity * each for each in weights)
-    logits = where_scored(labels, student, teacher)
-    partial = soft_weight * forward_rule.partial(index, sums.soft, *logits, inverse)
-    if index == STUDENT:
-        partial += hard_weight * hard_partial(index, sums.hard, student, labels)
-    return partial
-
-
-def _distillation_in_blocks(
-    tops: Sequence[Array], *inputs: Array
-) -> tuple[_Distillation, Array]:
-    ways = hard_sums_on_one, power_sums, rough_divergence
-    sums = _distillation_sums(*ways, tops, *inputs)
-    labels = inputs[LABELS]
-    found = jnp.where(far(sums.soft) | (labels < 0), DONE, ROUGH)
-    near = near_enough(sums.soft) & hard_near_enough(sums.hard)
-    return sums, jnp.where(near, found, ASTRAY)
-
-
-def _distillation_refined(
-    sums: _Distillation,
-    student: Array,
-    teacher: Array,
-    inverse: Array,
-    labels: Array,
-    *weights: Array,
-) -> _Distillation:
-    soft = refined(sums.soft, *where_scored(labels, student, teacher), inverse)
-    return _mixed(sums.hard, soft, student, labels, *weights)
-
-
-# Hard and soft labels together, so that both come from one look at the logits.
-_distillation = by_rows(
-    Rule(
-        functools.partial(
-            _distillation_sums,
-            hard_sums,
-            first_pass,
-            functools.partial(second_pass, FORWARD),
-        ),
-        _distillation_partial,
-        sums_in_blocks=_distillation_in_blocks,
-        refined=_distillation_refined,
-    )
-)
-
-
 @functools.partial(jax.jit, inline=True)
 def _knowledge_distillation(
     student_logits: Array,
@@ -232,7 +112,7 @@ def _knowledge_distillation(
     logits = student_logits, teacher_logits
     softening, share = as_columns(wide_dtype(*logits), temperature, alpha)
     weights = share, (1.0 - share) * softening**2
-    return _distillation(*logits, 1 / softening, labels[..., None], *weights)
+    return distillation_core(*logits, 1 / softening, labels[..., None], *weights)
 
 
 def knowledge_distillation(
