@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from kdjax.losses._kl_core import (
@@ -29,7 +28,7 @@ from kdjax.losses._labels import (
     where_scored,
 )
 from kdjax.losses._pairs import STUDENT, Sums, first_pass, power_sums, second_pass
-from kdjax.losses._rows import ASTRAY, DONE, ROUGH, Rule, by_rows
+from kdjax.losses._rows import Blocks, Rule, by_rows, state
 
 
 class Distillation(NamedTuple):
@@ -99,10 +98,8 @@ def _sums_in_blocks(
 ) -> tuple[Distillation, Array]:
     ways = hard_sums_on_one, power_sums, rough_divergence
     sums = _sums(*ways, tops, *inputs)
-    labels = inputs[LABELS]
-    found = jnp.where(far(sums.soft) | (labels < 0), DONE, ROUGH)
     near = near_enough(sums.soft) & hard_near_enough(sums.hard)
-    return sums, jnp.where(near, found, ASTRAY)
+    return sums, state(near, far(sums.soft) | (inputs[LABELS] < 0))
 
 
 def _refined(
@@ -124,7 +121,6 @@ distillation_core = by_rows(
             _sums, hard_sums, first_pass, functools.partial(second_pass, FORWARD)
         ),
         _partial,
-        sums_in_blocks=_sums_in_blocks,
-        refined=_refined,
+        blocks=Blocks(_sums_in_blocks, _refined),
     )
 )

@@ -17,7 +17,7 @@ from kdjax.losses._pairs import (
     rule,
     total,
 )
-from kdjax.losses._rows import ASTRAY, DONE, MOST, ROUGH, by_rows, traced_once
+from kdjax.losses._rows import MOST, Blocks, by_rows, state, traced_once
 
 FORWARD = Formula(
     terms=lambda pair: (excess(pair.p, pair.q, pair.x),),
@@ -78,11 +78,10 @@ def near_enough(sums: Sums) -> Array:
 
 def _sums_in_blocks(tops: Tops, *inputs: Array) -> tuple[Sums, Array]:
     sums = rough_divergence(power_sums(tops, *inputs), *inputs)
-    found = jnp.where(far(sums), DONE, ROUGH)
-    return sums, jnp.where(near_enough(sums), found, ASTRAY)
+    return sums, state(near_enough(sums), far(sums))
 
 
-forward_rule = rule(FORWARD, _sums_in_blocks, refined)
+forward_rule = rule(FORWARD, Blocks(_sums_in_blocks, refined))
 forward_core = by_rows(forward_rule)
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kdjax.losses._rows import ASTRAY, DONE, MOST, Rule, by_rows
+from kdjax.losses._rows import MOST, Blocks, Rule, by_rows, state
 
 
 def widened(logits: Array) -> Array:
@@ -81,8 +81,7 @@ def _by_sum(logits: Array, labels: Array) -> Array:
 
 def _by_place(logits: Array, labels: Array) -> Array:
     """The same in a pass less, for rows on one device."""
-    places = jnp.clip(labels, 0, logits.shape[-1] - 1)
-    return jnp.take_along_axis(logits, places, -1)
+    return jnp.take_along_axis(logits, labels, -1, mode="clip")
 
 
 def hard_sums(
@@ -126,10 +125,10 @@ def _sums_in_blocks(
     tops: Sequence[Array], logits: Array, labels: Array
 ) -> tuple[Hard, Array]:
     sums = hard_sums_on_one(tops, logits, labels)
-    return sums, jnp.where(hard_near_enough(sums), DONE, ASTRAY)
+    return sums, state(hard_near_enough(sums))
 
 
-_hard = by_rows(Rule(hard_sums, hard_partial, sums_in_blocks=_sums_in_blocks))
+_hard = by_rows(Rule(hard_sums, hard_partial, blocks=Blocks(_sums_in_blocks)))
 
 
 def negative_log_likelihood(logits: Array, labels: Array) -> Array:

@@ -21,7 +21,14 @@ from jax import Array
 from jax.typing import ArrayLike
 from numpy.polynomial import Chebyshev, Polynomial
 
-from kdjax.losses._rows import Rule, as_columns, largest, traced_once, wide_dtype
+from kdjax.losses._rows import (
+    Blocks,
+    Rule,
+    as_columns,
+    largest,
+    traced_once,
+    wide_dtype,
+)
 
 
 class Pair(NamedTuple):
@@ -289,11 +296,7 @@ def _sums_on_tpu(
 STUDENT, TEACHER, INVERSE = range(3)
 
 
-def rule(
-    formula: Formula,
-    sums_in_blocks: Callable[..., tuple[Sums, Array]] | None = None,
-    refined: Callable[..., Sums] | None = None,
-) -> Rule:
+def rule(formula: Formula, blocks: Blocks | None = None) -> Rule:
     """Makes a rule over ``(student, teacher, inverse, *hyper)``.
 
     ``inverse`` is one over the temperature, a scalar or ``[..., 1]``. It multiplies
@@ -332,7 +335,7 @@ def rule(
     on_tpu = None
     if formula.scores is not None:
         on_tpu = functools.partial(_sums_on_tpu, formula, formula.scores)
-    return Rule(sums, partial, on_tpu, sums_in_blocks, refined)
+    return Rule(sums, partial, on_tpu, blocks)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

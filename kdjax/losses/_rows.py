@@ -21,6 +21,22 @@ from jax.typing import ArrayLike
 from kdjax.losses import _blocks
 
 
+class Blocks(NamedTuple):
+    """How the sums of a rule are found in blocks: by less arithmetic, in more passes.
+
+    For rules whose derivatives XLA makes in a single pass: those in which it meets no
+    exponential, logarithm or quotient of all classes twice.
+
+    Attributes:
+      sums: ``(tops, *inputs)`` to the rule's sums, and to what each row's are,
+        ``[..., 1]``, by :func:`state`.
+      refined: ``(sums, *inputs)`` to what rough ones lack.
+    """
+
+    sums: Callable[..., tuple[Any, Array]]
+    refined: Callable[..., Any] = lambda sums, *_: sums
+
+
 class Rule(NamedTuple):
     """A loss of rows of classes.
 
@@ -33,22 +49,22 @@ class Rule(NamedTuple):
       partial: ``(index, sums, *inputs)`` to the derivative of the loss by the input of
         that index: ``[..., V]`` by logits, ``[..., 1]`` by numbers.
       sums_on_tpu: ``sums`` in fewer passes over the classes, where there is a way.
-      sums_in_blocks: ``(tops, *inputs)`` to ``sums`` by less arithmetic, if in more
-        passes, and to what each row's are, ``[..., 1]``: ``DONE``, ``ROUGH`` or
-        ``ASTRAY``. For rules whose derivatives XLA makes in a single pass: those in
-        which it meets no exponential, logarithm or quotient of all classes twice.
-      refined: ``(sums, *inputs)`` to what rough ones lack.
+      blocks: ``sums`` for blocks of rows, where there is a way.
     """
 
     sums: Callable[..., Any]
     partial: Callable[..., Array]
     sums_on_tpu: Callable[..., Any] | None = None
-    sums_in_blocks: Callable[..., tuple[Any, Array]] | None = None
-    refined: Callable[..., Any] | None = None
+    blocks: Blocks | None = None
 
 
-DONE, ROUGH, ASTRAY = range(3)
-"""Sums of a row: right, to be refined, or from tops too far from the largest logits."""
+def state(near: Array, right: Array | bool = True) -> Array:
+    """What a block's sums are, as a number for each row.
+
+    Where the tops were near enough to the largest logits, 0 or, if still to be refined,
+    1; else 2. It is the way that :func:`kdjax.losses._blocks.reduced` then takes.
+    """
+    return jnp.where(near, jnp.where(right, 0, 1), 2)
 
 
 def by_rows(rule: Rule) -> Callable[..., Array]:
@@ -187,7 +203,7 @@ def _evaluated(
     *leading, classes = inputs[0].shape
     # Not in the blocks: a bare reduction is fast by itself.
     tops = tuple(map(largest, _logits(inputs)))
-    with_sums, after_sums = ((), by) if rule.sums_in_blocks else (by, ())
+    with_sums, after_sums = ((), by) if rule.blocks else (by, ())
 
     def at_once(sums: Callable[..., Any], *arrays: Array) -> tuple[Any, list[Array]]:
         wide = _widened(arrays)
@@ -201,14 +217,13 @@ def _evaluated(
         return at_once(sums, *arrays)
 
     def in_blocks(*arrays: Array) -> tuple[Any, list[Array]]:
-        if rule.sums_in_blocks is None:
+        if rule.blocks is None:
             places = [len(tops) + index for index in by]
             # Smaller, as there are derivatives in them too.
             half = max(1, size // 2)
             return _blocks.in_place(from_tops, half, places, *arrays)
-        given = arrays[len(tops) :]
-        found = _blocks.reduced(*_ways(rule, rule.sums_in_blocks), size, *given)
-        return found, []
+        first, others = _ways(rule.blocks)
+        return _blocks.reduced(first, others, size, *arrays[len(tops) :]), []
 
     ways: dict[str, Callable[..., tuple[Any, list[Array]]]] = {}
     rows = math.prod(leading)
@@ -235,20 +250,18 @@ def _largest_of_some(logits: Array) -> Array:
     return jax.lax.stop_gradient(logits[..., :_SOME].max(-1, keepdims=True))
 
 
-def _ways(
-    rule: Rule, sums: Callable[..., tuple[Any, Array]]
-) -> tuple[Callable[..., Any], list[Callable[..., Any]]]:
-    """Of a rule with ``sums_in_blocks``, for :func:`kdjax.losses._blocks.reduced`."""
+def _ways(blocks: Blocks) -> tuple[Callable[..., Any], list[Callable[..., Any]]]:
+    """To the sums of rows, as :func:`kdjax.losses._blocks.reduced` takes them."""
 
     def of_tops(top: Callable[[Array], Array], *rows: Array) -> tuple[Any, Array]:
         wide = _widened(rows)
-        return sums(tuple(map(top, _logits(wide))), *wide)
+        return blocks.sums(tuple(map(top, _logits(wide))), *wide)
 
     def from_some(*rows: Array) -> tuple[Any, Array]:
         return of_tops(_largest_of_some, *rows)
 
     def refined(sums: Any, *rows: Array) -> Any:
-        return rule.refined(sums, *_widened(rows)) if rule.refined else sums
+        return blocks.refined(sums, *_widened(rows))
 
     def from_all(_: Any, *rows: Array) -> Any:
         return refined(of_tops(largest, *rows)[0], *rows)
