@@ -7,11 +7,17 @@ gradients are those of the loss over all logits.
 
 from kdjax.fused._token_map import token_map
 from kdjax.fused._token_mean import token_mean, token_means
-from kdjax.fused._tokens import CHUNK_BYTES, LEAST_TOKENS, TOKEN_AXES
+from kdjax.fused._tokens import (
+    CHUNK_BYTES,
+    LEAST_TOKENS,
+    LEAST_TOKENS_ON_CPU,
+    TOKEN_AXES,
+)
 
 __all__ = [
     "CHUNK_BYTES",
     "LEAST_TOKENS",
+    "LEAST_TOKENS_ON_CPU",
     "TOKEN_AXES",
     "token_map",
     "token_mean",

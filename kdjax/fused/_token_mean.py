@@ -50,8 +50,8 @@ def token_mean(
       *per_token_args: labels, say: arrays ``[*batch, ...]``, or trees of them.
       where: boolean ``[*batch]``, what counts; what else there is may be NaN.
       chunk_size: most tokens on each device that have logits at a time. ``None`` is as
-        many as fit into ``CHUNK_BYTES``, but ``LEAST_TOKENS`` at least. It changes
-        memory and speed alone.
+        many as fit into ``CHUNK_BYTES``, but ``LEAST_TOKENS`` at least, or
+        ``LEAST_TOKENS_ON_CPU``. It changes memory and speed alone.
       token_axes: axes of the mesh that tokens are split over; those that it does not
         have, or that a ``shard_map`` around this has split already, are left out.
 

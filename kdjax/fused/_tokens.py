@@ -21,6 +21,9 @@ LEAST_TOKENS = 128
 """Tokens of a chunk by default at least, whatever their logits take: with fewer, matrix
 products would wait for the kernel to be read."""
 
+LEAST_TOKENS_ON_CPU = 176
+"""The same on a CPU, where each chunk also packs the kernel for its products anew."""
+
 TOKEN_AXES = ("data", "fsdp")
 """Axes of a mesh that tokens are split over, by default."""
 
@@ -34,12 +37,14 @@ class Rows(NamedTuple):
       padding: how many are added, copies of the first.
       class_shards: devices that the mesh has for each part of them, which classes are
         taken to be split over.
+      platform: of the mesh's devices, or else JAX's default.
     """
 
     batch: tuple[int, ...]
     axes: tuple[str, ...]
     padding: int
     class_shards: int
+    platform: str
 
     @classmethod
     def of(cls, batch: tuple[int, ...], token_axes: Sequence[str]) -> Rows:
@@ -51,13 +56,17 @@ class Rows(NamedTuple):
         )
         shards = math.prod(mesh.shape[name] for name in axes)
         all_shards = math.prod(mesh.shape[name] for name in free)
-        return cls(batch, axes, -math.prod(batch) % shards, all_shards // shards)
+        padding = -math.prod(batch) % shards
+        device = mesh.abstract_device
+        platform = device.platform if device else jax.default_backend()
+        return cls(batch, axes, padding, all_shards // shards, platform)
 
     def chunk_of(self, head: LinearHead) -> int:
         """How many tokens have logits at a time on each device, by default."""
         classes, dtype = head.kernel.shape[1], wide_dtype(head.hidden, head.kernel)
         token_bytes = 3 * classes * dtype.itemsize
-        tokens = max(LEAST_TOKENS, CHUNK_BYTES // max(1, token_bytes))
+        least = LEAST_TOKENS_ON_CPU if self.platform == "cpu" else LEAST_TOKENS
+        tokens = max(least, CHUNK_BYTES // max(1, token_bytes))
         return tokens * self.class_shards
 
     def joined(self, array: Array) -> Array:
