@@ -21,7 +21,7 @@ LEAST_TOKENS = 128
 """Tokens of a chunk by default at least, whatever their logits take: with fewer, matrix
 products would wait for the kernel to be read."""
 
-LEAST_TOKENS_ON_CPU = 176
+LEAST_TOKENS_ON_CPU = 192
 """The same on a CPU, where each chunk also packs the kernel for its products anew."""
 
 TOKEN_AXES = ("data", "fsdp")

@@ -183,9 +183,20 @@ def _widened(inputs: Inputs) -> Inputs:
     )
 
 
-# 2 MB in float32: what is made of a block stays in the caches of the cores. Rows that
-# make only a few of these are cut smaller, so that a block is little beside them.
-_BLOCK, _SHARE = 2**19, 8
+# 2 MB in float32: what is made of a block stays in the caches of the cores. Of fewer
+# rows the cores could not get the same share.
+_BLOCK, _LEAST_ROWS = 2**19, 8
+# Few rows are cut smaller, so that what is made of a block is little beside them.
+_BLOCKS = 20
+
+
+def _rows_of_block(rows: int, classes: int) -> int | None:
+    """An even number, or ``None`` where one block would hold them all."""
+    fitting = max(_LEAST_ROWS, _BLOCK // max(1, classes))
+    if rows <= fitting:
+        return None
+    size = max(2, min(fitting, rows // _BLOCKS))
+    return size - size % 2
 
 
 def _evaluated(
@@ -216,21 +227,18 @@ def _evaluated(
 
         return at_once(sums, *arrays)
 
-    def in_blocks(*arrays: Array) -> tuple[Any, list[Array]]:
+    def in_blocks(size: int, *arrays: Array) -> tuple[Any, list[Array]]:
         if rule.blocks is None:
             places = [len(tops) + index for index in by]
             # Smaller, as there are derivatives in them too.
-            half = max(1, size // 2)
-            return _blocks.in_place(from_tops, half, places, *arrays)
+            return _blocks.in_place(from_tops, size // 2, places, *arrays)
         first, others = _ways(rule.blocks)
         return _blocks.reduced(first, others, size, *arrays[len(tops) :]), []
 
     ways: dict[str, Callable[..., tuple[Any, list[Array]]]] = {}
-    rows = math.prod(leading)
-    fitting = max(1, _BLOCK // max(1, classes))
-    size = max(1, min(fitting, rows // _SHARE))
-    if fitting < rows and jax.device_count() == 1:
-        ways["cpu"] = in_blocks
+    size = _rows_of_block(math.prod(leading), classes)
+    if size and jax.device_count() == 1:
+        ways["cpu"] = functools.partial(in_blocks, size)
     if rule.sums_on_tpu:
         on_tpu = functools.partial(at_once, rule.sums_on_tpu)
         ways["tpu"] = lambda *arrays: on_tpu(*arrays[len(tops) :])

@@ -276,12 +276,12 @@ def test_the_default_chunk_keeps_to_its_memory_or_its_least_rows():
         head = LinearHead(hidden, kernel)
         return Rows.of((8,), fused.TOKEN_AXES).chunk_of(head)
 
-    assert chunk(30000) == fused.CHUNK_BYTES // (3 * 4 * 30000) == 186
+    assert chunk(20000) == fused.CHUNK_BYTES // (3 * 4 * 20000) == 279
     assert chunk(150000) == fused.LEAST_TOKENS_ON_CPU
     # Axes that split no tokens split the classes.
     mesh = mesh_of(data=2, model=4)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        assert chunk(30000) == 4 * 186
+        assert chunk(20000) == 4 * 279
         assert chunk(150000) == 4 * fused.LEAST_TOKENS_ON_CPU
     # It is the mesh that tells what a program is compiled for.
     chip = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")

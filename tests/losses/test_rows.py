@@ -78,7 +78,8 @@ def in_blocks(monkeypatch):
     def use():
         monkeypatch.setattr(jax, "device_count", lambda: 1)
         monkeypatch.setattr(_rows, "_BLOCK", 16)
-        monkeypatch.setattr(_rows, "_SHARE", 1)
+        monkeypatch.setattr(_rows, "_LEAST_ROWS", 1)
+        monkeypatch.setattr(_rows, "_BLOCKS", 1)
         # So that the largest logit is often not among them.
         monkeypatch.setattr(_rows, "_SOME", 2)
         for name in ("reduced", "in_place"):
@@ -89,7 +90,7 @@ def in_blocks(monkeypatch):
     jax.clear_caches()
 
 
-# Blocks that fit, with a rest, over two axes, of one row each.
+# Blocks that fit, over two axes, with a rest, of few classes and of more than fit.
 SHAPES = [(8, 4), (3, 5, 4), (5, 2, 3), (2, 3, 9)]
 
 
@@ -112,9 +113,9 @@ def test_blocks_equal_the_whole(name, shape, in_blocks, x64):
 
 
 def test_what_fits_into_the_caches_is_not_cut(in_blocks, monkeypatch):
-    share = _rows._SHARE
+    blocks = _rows._BLOCKS
     loops = in_blocks()
-    monkeypatch.setattr(_rows, "_SHARE", share)
+    monkeypatch.setattr(_rows, "_BLOCKS", blocks)
     value_and_gradients("forward_kl", *draw((4, 4), np.float32))
     assert not loops
     value_and_gradients("forward_kl", *draw((5, 4), np.float32))
