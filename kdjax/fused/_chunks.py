@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from kdjax.fused._products import hidden_gradient, product, with_kernel_gradient
 from kdjax.losses._rows import wide_dtype
 from kdjax.types import LinearHead, PyTree
 
@@ -213,7 +214,7 @@ def _over_chunks(
         hidden = of_chunk(gradient.hidden) + more.hidden
         hidden = jax.lax.dynamic_update_slice_in_dim(gradient.hidden, hidden, start, 0)
         head = {name: gradient.head[name] + by for name, by in more.head.items()}
-        head["kernel"] = _with_products(gradient.head["kernel"], *slopes)
+        head["kernel"] = with_kernel_gradient(gradient.head["kernel"], *slopes)
         return Gradient(hidden, head), sums
 
     zeros = _zeros(student) if differentiate else None
@@ -249,53 +250,11 @@ def _zeros(student: LinearHead) -> Gradient:
     return Gradient(jnp.zeros_like(student.hidden), head)
 
 
-def _product(equation: str, *arrays: Array) -> Array:
-    """Of two matrices, in float32 at least: on a TPU at no cost to bfloat16."""
-    return jnp.einsum(equation, *arrays, preferred_element_type=wide_dtype(*arrays))
-
-
-def _with_products(kernel: Array, hidden: Array, slopes: Array) -> Array:
-    """The kernel's gradient ``[D, V]``, to which that of a chunk is added."""
-
-    def at_once(kernel: Array, hidden: Array, slopes: Array) -> Array:
-        return kernel + _product("nd,nv->dv", hidden, slopes)
-
-    def in_parts(kernel: Array, hidden: Array, slopes: Array) -> Array:
-        # XLA would take the transposition back, but not through the barrier: its
-        # fast product for CPUs is not for columns of the left side.
-        columns = jax.lax.optimization_barrier(hidden.T)
-
-        def add(start: Array | int, size: int, kernel: Array) -> Array:
-            some, here = (
-                jax.lax.dynamic_slice_in_dim(each, start, size)
-                for each in (kernel, columns)
-            )
-            some += _product("dn,nv->dv", here, slopes)
-            return jax.lax.dynamic_update_slice_in_dim(kernel, some, start, 0)
-
-        parts, rest = divmod(width, size)
-        kernel = jax.lax.fori_loop(
-            0, parts, lambda index, kernel: add(index * size, size, kernel), kernel
-        )
-        return add(width - rest, rest, kernel) if rest else kernel
-
-    width = kernel.shape[0]
-    # A part's product is no larger than the chunk's logits of a teacher, in whose
-    # place it can be.
-    size = math.ceil(width / math.ceil(width / hidden.shape[0]))
-    # A loop over rows that lie on several devices would gather them all.
-    if jax.device_count() > 1:
-        return at_once(kernel, hidden, slopes)
-    return jax.lax.platform_dependent(
-        kernel, hidden, slopes, cpu=in_parts, default=at_once
-    )
-
-
 def _multiplied(student: LinearHead, counts: Array) -> tuple[Array, Array]:
     """Hidden states, 0 where nothing counts, times the kernel."""
     # 0 * NaN would make the kernel's gradient NaN.
     hidden = jnp.where(counts[:, None], student.hidden, 0)
-    return hidden, _product("nd,dv->nv", hidden, student.kernel)
+    return hidden, product("nd,dv->nv", hidden, student.kernel)
 
 
 def _given(other: Any) -> Any:
@@ -305,7 +264,7 @@ def _given(other: Any) -> Any:
     # The only head beside the student's. Profiles tell its share by the name, as they
     # tell the rest of the teacher's.
     with jax.named_scope("teacher"):
-        return other.finished(_product("nd,dv->nv", other.hidden, other.kernel))
+        return other.finished(product("nd,dv->nv", other.hidden, other.kernel))
 
 
 def _loss_of(
@@ -378,5 +337,5 @@ def _values_and_gradient(
     head = {name: by.sum() for name, by in by_numbers.items()}
     if student.bias is not None:
         head["bias"] = by_products.sum(0)
-    by_hidden = _product("nv,dv->nd", slopes, student.kernel)
+    by_hidden = hidden_gradient(slopes, student.kernel)
     return sums, Gradient(by_hidden.astype(hidden.dtype), head), (hidden, slopes)

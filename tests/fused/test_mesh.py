@@ -272,7 +272,8 @@ def test_a_slice_gathers_nothing(shards):
 
 def test_the_default_chunk_keeps_to_its_memory_or_its_least_rows():
     def chunk(classes):
-        hidden, kernel = jnp.zeros((8, 2)), jnp.zeros((2, classes))
+        hidden = np.zeros((8, 2), np.float32)
+        kernel = np.zeros((2, classes), np.float32)
         head = LinearHead(hidden, kernel)
         return Rows.of((8,), fused.TOKEN_AXES).chunk_of(head)
 

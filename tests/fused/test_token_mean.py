@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from kdjax import fused, losses
-from kdjax.fused import _chunks
 from kdjax.types import LinearHead, Mean
 from tests.fused import heads
 from tests.losses import cases
@@ -325,19 +324,3 @@ def test_published_values(name, dtype):
         expected = ARRAYS[f"{name}/out/grad/{argument}"]
         error = np.abs(np.asarray(gradient[argument], np.float64) - expected).max()
         assert error <= tolerance * np.abs(expected).max()
-
-
-# A single part, equal ones, and a last one that is smaller.
-@pytest.mark.parametrize(("width", "part"), [(3, 3), (10, 5), (7, 4)])
-def test_a_cpu_adds_to_the_kernels_gradient_part_by_part(width, part, monkeypatch):
-    rng = np.random.default_rng(0)
-    kernel, hidden, slopes = (
-        jnp.asarray(rng.normal(size=shape), jnp.float32)
-        for shape in ((width, 6), (5, width), (5, 6))
-    )
-    expected = kernel + hidden.T @ slopes
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    found = jax.jit(_chunks._with_products)(kernel, hidden, slopes)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    program = jax.make_jaxpr(_chunks._with_products)(kernel, hidden, slopes)
-    assert f"f32[{part},5]" in str(program)
