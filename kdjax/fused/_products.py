@@ -11,12 +11,13 @@ from jax import Array
 
 from kdjax.losses._rows import wide_dtype
 
-PACKED_BYTES = 2**25
-"""Of a kernel, in float32, that a CPU packs at once: 32 MiB. More is allocated anew for
-each product, and the system clears it first."""
+WHOLE_BYTES = 2**25
+"""Of a kernel, in float32, that a CPU multiplies as a whole for the gradient by hidden
+states: 32 MiB. Of more, a copy in another order would come fresh from the system for
+each product, which clears it first."""
 
-PACKED_CLASSES = 4096
-"""How many it packs at a time of a kernel that is larger."""
+PART_BYTES = 2**22
+"""Of a larger one at a time: 4 MiB, which stay in the caches."""
 
 
 def product(equation: str, *arrays: Array) -> Array:
@@ -81,7 +82,7 @@ def hidden_gradient(slopes: Array, kernel: Array) -> Array:
         return product("nv,dv->nd", slopes, kernel)
 
     def in_parts(slopes: Array, kernel: Array) -> Array:
-        size = _even(classes, PACKED_CLASSES)
+        size = _even(classes, max(1, PART_BYTES // (4 * width)))
 
         def add(index: Array, sums: Array) -> Array:
             # The last part reaches back, over classes that do not count again: a rest
@@ -97,6 +98,6 @@ def hidden_gradient(slopes: Array, kernel: Array) -> Array:
         sums = jnp.zeros((len(slopes), width), wide_dtype(slopes, kernel))
         return jax.lax.fori_loop(0, math.ceil(classes / size), add, sums)
 
-    if 4 * kernel.size <= PACKED_BYTES:
+    if 4 * kernel.size <= WHOLE_BYTES:
         return at_once(slopes, kernel)
     return _on_one_cpu(in_parts, at_once, slopes, kernel)

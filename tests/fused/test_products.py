@@ -37,15 +37,15 @@ def test_the_kernels_gradient_is_added_part_by_part(width, part, one_cpu):
 @pytest.mark.parametrize(("classes", "part"), [(8, 4), (7, 4), (10, 4)])
 def test_a_large_kernel_is_multiplied_part_by_part(classes, part, one_cpu, monkeypatch):
     slopes, kernel = draw((5, classes), (3, classes))
-    monkeypatch.setattr(_products, "PACKED_CLASSES", 4)
-    monkeypatch.setattr(_products, "PACKED_BYTES", 4 * kernel.size - 1)
+    monkeypatch.setattr(_products, "PART_BYTES", 4 * 3 * 4)
+    monkeypatch.setattr(_products, "WHOLE_BYTES", 4 * kernel.size - 1)
     # Of classes that come twice, none counts twice, whatever it is.
     slopes = slopes.at[:, -part].set(jnp.inf)
     expected = slopes @ kernel.T
     assert not np.isnan(expected).any()
     arrays = slopes, kernel
     assert_in_parts(_products.hidden_gradient, arrays, expected, f"f32[5,{part}]")
-    monkeypatch.setattr(_products, "PACKED_BYTES", 4 * kernel.size)
+    monkeypatch.setattr(_products, "WHOLE_BYTES", 4 * kernel.size)
     jax.clear_caches()
     program = str(jax.make_jaxpr(_products.hidden_gradient)(*arrays))
     assert f"f32[5,{part}]" not in program
