@@ -184,18 +184,17 @@ def _widened(inputs: Inputs) -> Inputs:
 
 
 # 2 MB in float32: what is made of a block stays in the caches of the cores. Of fewer
-# rows the cores could not get the same share.
-_BLOCK, _LEAST_ROWS = 2**19, 8
-# Few rows are cut smaller, so that what is made of a block is little beside them.
-_BLOCKS = 20
+# rows than this the cores could not get the same share. Rows that make only a few
+# blocks are cut smaller, so that what is made of a block is little beside them.
+_BLOCK, _LEAST_ROWS, _BLOCKS = 2**19, 8, 20
 
 
 def _rows_of_block(rows: int, classes: int) -> int | None:
-    """An even number, or ``None`` where one block would hold them all."""
+    """An even number, for the cores, or ``None`` where one block holds them all."""
     fitting = max(_LEAST_ROWS, _BLOCK // max(1, classes))
     if rows <= fitting:
         return None
-    size = max(2, min(fitting, rows // _BLOCKS))
+    size = max(_LEAST_ROWS, min(fitting, rows // _BLOCKS))
     return size - size % 2
 
 

@@ -78,7 +78,7 @@ def in_blocks(monkeypatch):
     def use():
         monkeypatch.setattr(jax, "device_count", lambda: 1)
         monkeypatch.setattr(_rows, "_BLOCK", 16)
-        monkeypatch.setattr(_rows, "_LEAST_ROWS", 1)
+        monkeypatch.setattr(_rows, "_LEAST_ROWS", 2)
         monkeypatch.setattr(_rows, "_BLOCKS", 1)
         # So that the largest logit is often not among them.
         monkeypatch.setattr(_rows, "_SOME", 2)
@@ -280,7 +280,7 @@ def test_a_block_may_hold_rows_near_and_far(name, in_blocks, monkeypatch, x64):
     wide = [each.astype(jnp.float64) for each in (student, teacher)]
     expected = value_and_gradients(name, *wide, labels)
     loops = in_blocks()
-    monkeypatch.setattr(_rows, "_BLOCK", 3 * 16)
+    monkeypatch.setattr(_rows, "_BLOCK", 2 * 16)
     found = value_and_gradients(name, student, teacher, labels)
     assert loops
     for one, other in zip(found, expected, strict=True):
