@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +11,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from kdjax.fused._products import hidden_gradient, product, with_kernel_gradient
+from kdjax.fused._products import (
+    hidden_gradient,
+    product,
+    split,
+    with_kernel_gradient,
+)
 from kdjax.losses._rows import wide_dtype
 from kdjax.types import LinearHead, PyTree
 
@@ -169,7 +173,7 @@ def _filled(
 ) -> PyTree:
     """The same over the tokens of one device."""
     tokens = head.hidden.shape[0]
-    chunks, size = _split(tokens, chunk_size)
+    chunks, size = split(tokens, chunk_size)
 
     def of_chunk(index: Array | int) -> tuple[Array, PyTree]:
         start, taken = _chunk(index, size, tokens)
@@ -200,7 +204,7 @@ def _over_chunks(
 ) -> tuple[tuple[Array, PyTree], Gradient | None]:
     """The same over the tokens of one device."""
     tokens = counts.shape[0]
-    chunks, size = _split(tokens, plan.chunk_size)
+    chunks, size = split(tokens, plan.chunk_size)
 
     def add(gradient: Gradient | None, index: Array) -> Any:
         # The last chunk reaches back into the one before, whose tokens do not count
@@ -220,12 +224,6 @@ def _over_chunks(
     zeros = _zeros(student) if differentiate else None
     gradient, sums = jax.lax.scan(add, zeros, jnp.arange(chunks))
     return jax.tree.map(lambda each: each.sum(0), sums), gradient
-
-
-def _split(tokens: int, chunk_size: int) -> tuple[int, int]:
-    """How many chunks, and the tokens of each."""
-    chunks = max(1, math.ceil(tokens / chunk_size))
-    return chunks, math.ceil(tokens / chunks)
 
 
 def _chunk(

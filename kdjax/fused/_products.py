@@ -25,9 +25,10 @@ def product(equation: str, *arrays: Array) -> Array:
     return jnp.einsum(equation, *arrays, preferred_element_type=wide_dtype(*arrays))
 
 
-def _even(length: int, most: int) -> int:
-    """The size of parts about alike."""
-    return math.ceil(length / math.ceil(length / most))
+def split(length: int, most: int) -> tuple[int, int]:
+    """How many parts, and the size of each, about alike."""
+    parts = max(1, math.ceil(length / most))
+    return parts, math.ceil(length / parts)
 
 
 def _on_one_cpu(
@@ -47,7 +48,7 @@ def with_kernel_gradient(sums: Array, hidden: Array, slopes: Array) -> Array:
     width = sums.shape[0]
     # A part's product is no larger than the chunk's logits of a teacher, in whose
     # place it can be.
-    size = _even(width, hidden.shape[0])
+    _, size = split(width, hidden.shape[0])
 
     def at_once(sums: Array, hidden: Array, slopes: Array) -> Array:
         return sums + product("nd,nv->dv", hidden, slopes)
@@ -82,7 +83,7 @@ def hidden_gradient(slopes: Array, kernel: Array) -> Array:
         return product("nv,dv->nd", slopes, kernel)
 
     def in_parts(slopes: Array, kernel: Array) -> Array:
-        size = _even(classes, max(1, PART_BYTES // (4 * width)))
+        parts, size = split(classes, max(1, PART_BYTES // (4 * width)))
 
         def add(index: Array, sums: Array) -> Array:
             # The last part reaches back, over classes that do not count again: a rest
@@ -96,7 +97,7 @@ def hidden_gradient(slopes: Array, kernel: Array) -> Array:
             return sums + at_once(jnp.where(counting, some, 0), here)
 
         sums = jnp.zeros((len(slopes), width), wide_dtype(slopes, kernel))
-        return jax.lax.fori_loop(0, math.ceil(classes / size), add, sums)
+        return jax.lax.fori_loop(0, parts, add, sums)
 
     if 4 * kernel.size <= WHOLE_BYTES:
         return at_once(slopes, kernel)
