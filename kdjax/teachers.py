@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from kdjax import micro_batches
+from kdjax.losses._rows import wide_dtype
 from kdjax.types import (
     Adapted,
     Batch,
@@ -42,17 +43,23 @@ def _evaluated(model: Model, arrays: PyTree, batch: Batch) -> Outputs:
     return model.apply(params, state, batch, rng=None, train=False)[0]
 
 
+def _is_floating(leaf: ArrayLike) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
 def _cast(tree: PyTree, dtype: DTypeLike | None) -> PyTree:
     """Floating-point leaves in ``dtype``, the others as they are."""
     if dtype is None:
         return tree
     return jax.tree.map(
-        lambda leaf: (
-            leaf.astype(dtype)
-            if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-            else leaf
-        ),
-        tree,
+        lambda leaf: leaf.astype(dtype) if _is_floating(leaf) else leaf, tree
+    )
+
+
+def _widened(tree: PyTree) -> PyTree:
+    """Floating-point leaves in float32 at least, the others as they are."""
+    return jax.tree.map(
+        lambda leaf: leaf.astype(wide_dtype(leaf)) if _is_floating(leaf) else leaf, tree
     )
 
 
@@ -174,10 +181,11 @@ def ema(net: Adapted, *, decay: Scheduled = 0.999) -> tuple[Teacher, dict[str, P
     The average is part of the training state, is checkpointed with it, and takes one
     step per optimizer step: ``average = decay * average + (1 - decay) * student``,
     parameters and batch statistics alike; integers are the student's. It starts from
-    the student.
+    the student, and is kept in float32 at least: in bfloat16 a step of 0.001 of the way
+    would be rounded away. The network runs it in the dtypes of its own arrays.
 
     Args:
-      net: the student's network; its arrays are not read.
+      net: the student's network, of whose arrays only dtypes are read.
       decay: in [0, 1), a number or a schedule of the optimizer step.
 
     Returns:
@@ -202,8 +210,13 @@ def ema(net: Adapted, *, decay: Scheduled = 0.999) -> tuple[Teacher, dict[str, P
     if isinstance(decay, (int, float)) and not 0 <= decay < 1:
         raise ValueError(f"decay: got {decay}, expected a number in [0, 1).")
 
+    own = {"params": net.params, "model_state": net.model_state}
+
     def outputs(frozen: PyTree, teacher_state: PyTree, batch: Batch) -> Outputs:
-        return _evaluated(net.model, teacher_state, batch)
+        arrays = jax.tree.map(
+            lambda leaf, like: leaf.astype(jnp.result_type(like)), teacher_state, own
+        )
+        return _evaluated(net.model, arrays, batch)
 
     def update(
         teacher_state: PyTree, params: PyTree, model_state: PyTree, step: Array
@@ -212,16 +225,18 @@ def ema(net: Adapted, *, decay: Scheduled = 0.999) -> tuple[Teacher, dict[str, P
         student = {"params": params, "model_state": model_state}
 
         def mixed(old: Array, new: Array) -> Array:
-            # A counter has no average. A schedule gives float32, which must not widen
-            # an average in bfloat16: the step would be compiled again.
-            if not jnp.issubdtype(old.dtype, jnp.floating):
+            # A counter has no average.
+            if not _is_floating(old):
                 return new
             return (old * current + new * (1 - current)).astype(old.dtype)
 
-        return jax.tree.map(mixed, teacher_state, student)
+        return jax.tree.map(mixed, teacher_state, _widened(student))
+
+    def init(params: PyTree, model_state: PyTree) -> PyTree:
+        return _widened({"params": params, "model_state": model_state})
 
     teacher = Teacher(
-        init=lambda params, model_state: {"params": params, "model_state": model_state},
+        init=init,
         outputs=_stopped(outputs),
         update=update,
     )

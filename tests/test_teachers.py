@@ -173,18 +173,25 @@ def test_ema_runs_the_average_and_not_the_student():
     np.testing.assert_array_equal(outputs.logits, [[10.0, 10.0, 10.0]])
 
 
-def test_ema_keeps_the_types_of_its_arrays():
-    # Else the step would be compiled again, and a counter become a fraction.
-    net = models.from_apply(lambda w, batch: batch["x"] @ w, jnp.zeros(1))
-    teacher, _ = teachers.ema(net, decay=optax.linear_schedule(0.5, 1.0, 4))
-    params, state = jnp.ones(2, jnp.bfloat16), {"calls": jnp.int32(3)}
-    average = teacher.init(params, state)
-    moved = jax.jit(teacher.update)(
-        average, 2 * params, {"calls": jnp.int32(6)}, jnp.int32(0)
+@pytest.mark.parametrize("decay", [0.999, lambda step: jnp.float32(0.999)])
+def test_ema_of_a_student_in_bfloat16_reaches_it(decay):
+    # In bfloat16 1.0 * 0.999 + 2.0 * 0.001 is 1.0, however often.
+    net = models.from_apply(lambda w, batch: batch["x"] * w, jnp.ones(2, jnp.bfloat16))
+    teacher, frozen = teachers.ema(net, decay=decay)
+    start = teacher.init(net.params, {"calls": jnp.int32(3)})
+    moved = jax.lax.fori_loop(
+        0,
+        5000,
+        lambda step, average: teacher.update(
+            average, 2 * net.params, {"calls": jnp.int32(6)}, step
+        ),
+        start,
     )
-    chex.assert_trees_all_equal_dtypes(moved, average)
-    np.testing.assert_array_equal(moved["params"], np.full(2, 1.5))
+    chex.assert_trees_all_equal_dtypes(moved, start)
+    np.testing.assert_allclose(moved["params"], 2 - 0.999**5000, rtol=1e-4)
     assert int(moved["model_state"]["calls"]) == 6
+    shown = teacher.outputs(frozen, moved | {"model_state": {}}, {"x": net.params})
+    assert shown.logits.dtype == jnp.bfloat16
 
 
 def test_refuses_settings_out_of_range():

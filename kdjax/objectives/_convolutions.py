@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kdjax.losses._rows import wide_dtype
+from kdjax.objectives._whole_batch import summed_over_devices
 from kdjax.types import PyTree
 
 
@@ -38,11 +40,21 @@ def init_normalized(rng: Array, size: int, inputs: int, outputs: int) -> PyTree:
     }
 
 
-def normalized(params: PyTree, x: Array) -> Array:
-    """A convolution, then batch normalisation by the statistics of this batch."""
+def normalized(params: PyTree, x: Array, counts: Array | None = None) -> Array:
+    """A convolution, then batch normalisation by the statistics of this batch.
+
+    They are of the examples of all devices, or of those that count, bool ``[B]``.
+    """
     x = convolution(params, x)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = jnp.mean(wide, (0, 1, 2))
-    variance = jnp.mean((wide - mean) ** 2, (0, 1, 2))
-    wide = (wide - mean) * jax.lax.rsqrt(variance + 1e-5)
+    wide = x.astype(wide_dtype(x))
+    batch, height, width, _ = x.shape
+    counting = jnp.ones(batch, bool) if counts is None else counts
+    positions = height * width * summed_over_devices(counting.sum())
+
+    def average(values: Array) -> Array:
+        kept = jnp.where(counting[:, None, None, None], values, 0)
+        return summed_over_devices(kept.sum((0, 1, 2))) / jnp.maximum(positions, 1)
+
+    wide -= average(wide)
+    wide *= jax.lax.rsqrt(average(wide**2) + 1e-5)
     return (wide * params["scale"] + params["bias"]).astype(x.dtype)

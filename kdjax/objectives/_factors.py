@@ -30,8 +30,9 @@ def factor_transfer(
     The paraphraser, an autoencoder of the teacher's map, is trained to restore the
     map, and by nothing else: no gradient of the transfer reaches it. The published
     code trains it apart, before the student; here both learn in one step, so that
-    one command suffices. The translator is trained with the student;
-    :func:`kdjax.losses.factor_transfer` is the loss.
+    one command suffices. The translator is trained with the student; it normalises by
+    the statistics of the examples that count, on all devices (under accumulation, of
+    each micro-batch). :func:`kdjax.losses.factor_transfer` is the loss.
 
     Args:
       student: path of a map ``[B, H, W, C]`` of the student.
@@ -84,15 +85,15 @@ def factor_transfer(
         step: Array,
     ) -> tuple[dict[str, Term], PyTree]:
         ours, theirs = both(student, teacher)
-        factor = _run(params["encoder"], theirs)
-        restored = _run(params["decoder"], factor)
+        counts = counted(batch, where, ours.shape[:1], None)
+        factor = _run(params["encoder"], theirs, counts)
+        restored = _run(params["decoder"], factor, counts)
         error = losses.feature_mse(restored, theirs)
         paraphraser = Mean.of(error, counted(batch, where, error.shape, None))
+        translated = _run(params["translator"], ours, counts)
         # The teacher's outputs carry no gradient, but the encoder of them would.
-        values = losses.factor_transfer(
-            _run(params["translator"], ours), jax.lax.stop_gradient(factor)
-        )
-        transfer = Mean.of(values, counted(batch, where, values.shape, None))
+        values = losses.factor_transfer(translated, jax.lax.stop_gradient(factor))
+        transfer = Mean.of(values, counts)
         terms = {
             name: Term(now(weight, step), transfer),
             f"{name}/paraphraser": Term(1.0, paraphraser),
@@ -111,9 +112,9 @@ def _init(rng: Array, widths: tuple[int, ...], batch_norm: bool = False) -> PyTr
     }
 
 
-def _run(params: PyTree, x: Array) -> Array:
+def _run(params: PyTree, x: Array, counts: Array | None) -> Array:
     for index in range(len(params)):
         layer = params[str(index)]
-        x = normalized(layer, x) if "scale" in layer else convolution(layer, x)
+        x = normalized(layer, x, counts) if "scale" in layer else convolution(layer, x)
         x = jax.nn.leaky_relu(x, 0.1)
     return x

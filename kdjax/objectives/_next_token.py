@@ -10,7 +10,7 @@ from jax import Array
 
 from kdjax import losses
 from kdjax.losses._tokens import UNSCORED
-from kdjax.objectives._terms import MASK, entry
+from kdjax.objectives._terms import MASK, counted, entry
 from kdjax.types import (
     Batch,
     LinearHead,
@@ -27,7 +27,7 @@ def next_token(
     objective: Objective,
     *,
     tokens: str = "tokens",
-    where: str | None = None,
+    where: str | None = MASK,
     segments: str | None = None,
 ) -> Objective:
     """Shifts what an objective sees, so that logits meet the tokens they predict.
@@ -42,8 +42,9 @@ def next_token(
       objective: of terms over logits, such as :func:`~kdjax.objectives.hard_labels` or
         :func:`~kdjax.objectives.soft_labels`.
       tokens: entry of the batch with the tokens that the student reads, ``[B, T]``.
-      where: entry of the batch that says which tokens are to be predicted, ``[B, T]``;
-        by default all but the first.
+      where: entry of the batch that says which tokens are to be predicted, bool
+        ``[B, T]``, or ``[B]`` for whole rows; ``None``, or by default no ``"mask"`` in
+        the batch: all. The first of a row never is.
       segments: entry of the batch that says which text of a packed row a token is of,
         ``[B, T]``; no token is predicted from another text.
 
@@ -53,6 +54,7 @@ def next_token(
     Raises:
       ValueError: (when traced) an entry is missing, a model gives no logits, or shapes
         do not fit.
+      TypeError: (when traced) the entry for ``where`` is not boolean.
 
     Example:
       >>> from kdjax.objectives import hard_labels
@@ -66,15 +68,8 @@ def next_token(
 
     def labelled(batch: Batch) -> Array:
         read = entry(batch, tokens, "tokens")
-        if where is None:
-            return read
-        predicted = entry(batch, where, "where")
-        if predicted.shape != read.shape or predicted.dtype != bool:
-            raise ValueError(
-                f"where: {where!r} of the batch has shape {predicted.shape} and dtype "
-                f"{predicted.dtype}; expected bool {read.shape}, an entry per token."
-            )
-        return jnp.where(predicted, read, UNSCORED)
+        predicted = counted(batch, where, read.shape, None)
+        return read if predicted is None else jnp.where(predicted, read, UNSCORED)
 
     def shifted(outputs: Outputs, batch: Batch) -> tuple[Outputs, Array]:
         texts = None if segments is None else entry(batch, segments, "segments")

@@ -33,7 +33,8 @@ def review(
     From the last level to the first, attention fuses the student's map with what came
     from the level after it; a 3x3 convolution of the fused map is pulled to the
     teacher's by :func:`kdjax.losses.hierarchical_context`. The fusion modules are
-    trained with the student.
+    trained with the student. They normalise by the statistics of the examples that
+    count, on all devices; under accumulation, of each micro-batch.
 
     Args:
       pairs: paths of maps ``[B, H, W, C]``, the student's first, from the first level
@@ -96,14 +97,17 @@ def review(
     def compute(
         params: PyTree, student: Outputs, teacher: Outputs, batch: Batch, step: Array
     ) -> Mean:
-        both, deeper, total = maps(student, teacher), None, None
+        both, deeper = maps(student, teacher), None
+        examples = both[0][0].shape[:1]
+        counts = counted(batch, where, examples, None)
+        total = jnp.zeros(examples)
         for index in reversed(range(len(both))):
             ours, theirs = both[index]
-            level, deeper = _fused(params[str(index)], ours, deeper, theirs.shape[1:3])
-            values = losses.hierarchical_context(level, theirs)
-            total = values if total is None else total + values
-        assert total is not None  # there is at least one pair
-        return Mean.of(total, counted(batch, where, total.shape, None))
+            level, deeper = _fused(
+                params[str(index)], ours, deeper, theirs.shape[1:3], counts
+            )
+            total += losses.hierarchical_context(level, theirs)
+        return Mean.of(total, counts)
 
     return single(name, weight, compute, init)
 
@@ -113,17 +117,21 @@ def _as_map(feature: Array) -> Array:
 
 
 def _fused(
-    params: PyTree, ours: Array, deeper: Array | None, size: tuple[int, ...]
+    params: PyTree,
+    ours: Array,
+    deeper: Array | None,
+    size: tuple[int, ...],
+    counts: Array | None,
 ) -> tuple[Array, Array]:
     """The level as the teacher's should be, and what goes on to the level before."""
-    x = normalized(params["enter"], ours)
+    x = normalized(params["enter"], ours, counts)
     if deeper is not None:
         deeper = _resized(deeper, x.shape[1:3])
         scores = convolution(params["attention"], jnp.concatenate([x, deeper], -1))
         shares = jax.nn.sigmoid(scores + params["attention"]["bias"].astype(x.dtype))
         x = x * shares[..., :1] + deeper * shares[..., 1:]
     x = _resized(x, size)
-    return normalized(params["leave"], x), x
+    return normalized(params["leave"], x, counts), x
 
 
 def _resized(x: Array, size: tuple[int, ...]) -> Array:

@@ -31,6 +31,12 @@ def split_over(axis_name: str | None) -> Iterator[None]:
         _AXIS.reset(before)
 
 
+def summed_over_devices(array: Array) -> Array:
+    """What each device has of a sum over examples, added up."""
+    axis_name = _AXIS.get()
+    return array if axis_name is None else jax.lax.psum(array, axis_name)
+
+
 def over_whole_batch(loss: Callable[..., Array], *parts: PyTree) -> Mean:
     """Averages what a loss makes of the whole batch.
 

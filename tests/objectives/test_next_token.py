@@ -135,13 +135,28 @@ def test_gradients_reach_no_last_position(data):
     assert (jnp.abs(gradient[:, :-1]).sum(-1) > 0).all()
 
 
+def test_what_the_batch_leaves_out_is_not_predicted(data):
+    student, teacher, tokens = data
+    rows, places = jnp.array([True, False]), jnp.arange(B * T).reshape(B, T) < T + 3
+    for mask, count in ((rows, T - 1), (places, T - 1 + 2)):
+        found = apply(
+            next_token(BOTH), student, teacher, {"tokens": tokens, "mask": mask}
+        )
+        assert found["hard"][1] == found["soft"][1] == count
+    expected = losses.cross_entropy(student.logits()[0, :-1], tokens[0, 1:]).mean()
+    found = apply(next_token(BOTH), student, teacher, {"tokens": tokens, "mask": rows})
+    assert found["hard"][0] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_missing_or_misshapen_entries_are_refused_by_name(data):
     student, teacher, tokens = data
     with pytest.raises(ValueError, match="tokens: got 'tokens'"):
         apply(next_token(BOTH), student, teacher, {"x": tokens})
-    for made in (jnp.ones((B,), bool), jnp.ones((B, T), jnp.int32)):
+    for made in (jnp.ones((T,), bool), jnp.ones((B, T), jnp.int32)):
         batch = {"tokens": tokens, "made": made}
-        with pytest.raises(ValueError, match="where: 'made' of the batch has"):
+        with pytest.raises((ValueError, TypeError), match="where: 'made' of the batch"):
             apply(next_token(BOTH, where="made"), student, teacher, batch)
+    with pytest.raises(ValueError, match="where: got 'made', which the batch does not"):
+        apply(next_token(BOTH, where="made"), student, teacher, {"tokens": tokens})
     with pytest.raises(ValueError, match="gives none, only features"):
         apply(next_token(BOTH), None, teacher, {"tokens": tokens})

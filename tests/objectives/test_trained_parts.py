@@ -1,11 +1,15 @@
 """Objectives that train parts of their own: VID, ReviewKD, MGD, FT."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from kdjax import losses, objectives
+from kdjax.objectives import split_over
+from kdjax.train import make_mesh
 from tests.marks import rest_slow
 from tests.objectives import tiny
 
@@ -117,7 +121,7 @@ def test_factor_transfer_restores_the_teacher_and_compares_factors():
             layer = params[str(index)]
             x = convolved(x, np.float64(layer["kernel"]))
             if "scale" in layer:
-                x = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
+                x = standardized(x)
             x = np.where(x > 0, x, 0.1 * x)
         return x
 
@@ -144,10 +148,16 @@ def convolved(x, kernel):
     return total
 
 
+def standardized(x):
+    """By channel, by the statistics of the examples that count."""
+    counting = x[BATCH["mask"]]
+    mean, variance = counting.mean((0, 1, 2)), counting.var((0, 1, 2))
+    return (x - mean) / np.sqrt(variance + 1e-5)
+
+
 def normalized(params, x):
     x = convolved(x, np.float64(params["kernel"]))
-    x = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
-    return x * np.float64(params["scale"]) + np.float64(params["bias"])
+    return standardized(x) * np.float64(params["scale"]) + np.float64(params["bias"])
 
 
 def test_review_fuses_from_the_last_level_to_the_first():
@@ -183,6 +193,51 @@ def test_review_takes_the_size_of_the_teachers_maps():
     objective = objectives.review(pairs=[("first", "second"), ("second", "first")])
     means, _ = tiny.values_of(objective, BATCH)
     assert np.isfinite(means["review"].value())
+
+
+NORMALISED = {
+    "ft": objectives.factor_transfer(**LEVEL),
+    "review": objectives.review(pairs=[("second", "second"), ("pooled", "pooled")]),
+}
+
+
+@pytest.mark.parametrize("term", NORMALISED)
+def test_an_example_that_does_not_count_moves_no_statistic(term):
+    mean, _ = tiny.values_of(NORMALISED[term], BATCH)
+    counting = BATCH["mask"][:, None, None, None]
+    for wild in (100.0, np.nan):
+        changed = BATCH | {"x": np.where(counting, BATCH["x"], np.float32(wild))}
+        same, _ = tiny.values_of(NORMALISED[term], changed)
+        np.testing.assert_allclose(same[term].value(), mean[term].value(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("term", NORMALISED)
+def test_statistics_are_those_of_all_devices(term):
+    objective = NORMALISED[term]
+    own, _ = tiny.started(objective, BATCH)
+    shown = [tiny.outputs(net, BATCH) for net in (tiny.STUDENT, tiny.TEACHER)]
+    total_count = int(BATCH["mask"].sum())
+
+    def loss(own, batch, shown):
+        terms, _ = objective.apply(own, {}, *shown, batch, jnp.array(0))
+        return sum(term.mean.total for term in terms.values()) / total_count
+
+    def on_device(own, batch, shown):
+        with split_over("data"):
+            found = jax.value_and_grad(loss)(own, batch, shown)
+        return jax.lax.psum(found, "data")
+
+    whole, split = PartitionSpec(), PartitionSpec("data")
+    spread = jax.shard_map(
+        on_device,
+        mesh=make_mesh({"data": 8}),
+        in_specs=(whole, split, split),
+        out_specs=whole,
+        check_vma=False,
+    )
+    expected = jax.jit(jax.value_and_grad(loss))(own, BATCH, shown)
+    found = jax.jit(spread)(own, BATCH, shown)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_masked_generation_without_a_mask_is_its_generator():
