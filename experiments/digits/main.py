@@ -93,8 +93,7 @@ def _prepared(config: Config, console: Console, sigterm: Sigterm) -> Prepared:
     prepared = Prepared(config, job, parts)
     if config.teacher is not None:
         net = teacher_net(seed=0)
-        template = _trainer_of_teacher(prepared).initial(net, seed=0)
-        teacher = load_teacher(config.teacher, net, template, "runs/digits/teacher")
+        teacher = load_teacher(config.teacher, net, "runs/digits/teacher")
         settings = config.settings(fingerprint(teacher))
         job = dataclasses.replace(job, settings=settings)
         prepared = Prepared(config, job, parts, teacher)

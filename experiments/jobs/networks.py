@@ -10,7 +10,6 @@ from etils.epath import Path
 
 from kdjax import Adapted
 from kdjax.io.checkpoints import Checkpoints
-from kdjax.io.input import batches
 from kdjax.train import DistillState
 
 
@@ -26,15 +25,12 @@ def trained(net: Adapted, state: DistillState) -> Adapted:
     return net._replace(params=state.params["student"], model_state=state.model_state)
 
 
-def load_teacher(
-    folder: Path, net: Adapted, template: DistillState, example: str
-) -> Adapted:
+def load_teacher(folder: Path, net: Adapted, example: str) -> Adapted:
     """The teacher of an earlier run, from its newest checkpoint.
 
     Args:
       folder: of that training, or of its checkpoints.
       net: its network, with any arrays.
-      template: a state of such a training.
       example: a folder as it is expected, for the refusal.
 
     Raises:
@@ -42,24 +38,19 @@ def load_teacher(
     """
     inner = folder / "checkpoints"
     inner = inner if inner.is_dir() else folder
-    missing = ValueError(
-        f"--teacher: found no checkpoint in {folder}; expected the folder of a "
-        f"teacher that this job trained, such as {example}."
-    )
     # Opening a checkpoint folder makes it, and its steps are numbered folders.
     if not inner.is_dir() or not any(path.name.isdigit() for path in inner.iterdir()):
-        raise missing
-    position = batches({"x": np.zeros(1)}, batch_size=1, seed=0)  # read and not used
+        raise ValueError(
+            f"--teacher: found no checkpoint in {folder}; expected the folder of a "
+            f"teacher that this job trained, such as {example}."
+        )
     checkpoints = Checkpoints(inner)
     try:
-        restored = checkpoints.restore(template, position)
+        return checkpoints.load_student(net)
     except ValueError as error:
         raise ValueError(f"--teacher: {error}") from error
     finally:
         checkpoints.close()
-    if restored is None:
-        raise missing
-    return trained(net, restored[0])
 
 
 def fingerprint(net: Adapted) -> str:

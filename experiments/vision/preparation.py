@@ -73,8 +73,7 @@ def with_loaded_teacher(prepared: Prepared, folder: Path) -> Prepared:
     """The same with the teacher of an earlier run."""
     config, images = prepared.config, prepared.images
     net = prepared.network(config.teacher_model, seed=0).adapted
-    template = trainer_of_teacher(prepared).initial(net, seed=0)
-    teacher = load_teacher(folder, net, template, "runs/vision/teacher")
+    teacher = load_teacher(folder, net, "runs/vision/teacher")
     settings = config.settings(fingerprint(teacher), images.fingerprint)
     job = dataclasses.replace(prepared.job, settings=settings)
     return dataclasses.replace(prepared, job=job, teacher=teacher)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -156,14 +155,9 @@ def bounded_regression(
       Chen, Choi, Yu, Han and Chandraker, Learning Efficient Object Detection Models
       with Knowledge Distillation, NeurIPS 2017, equation 4.
     """
-    _checks.floating(student=student, teacher=teacher, targets=targets)
-    shapes = jnp.shape(student), jnp.shape(teacher), jnp.shape(targets)
-    chex.assert_equal_shape(
-        (student, teacher, targets),
-        custom_message="student {}, teacher {} and targets {}: expected one shape "
-        "[..., D]. Nothing is broadcast.".format(*shapes),
-        exception_type=ValueError,
-    )
+    arrays = {"student": student, "teacher": teacher, "targets": targets}
+    _checks.real("[..., D]", **arrays)
+    _checks.one_shape("[..., D]", **arrays)
     _checks.non_negative(margin=margin)
     _checks.scale((), margin=margin)
     return _bounded_regression(student, teacher, targets, margin)

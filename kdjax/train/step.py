@@ -216,9 +216,19 @@ def _gradient(
 
     micro, key = jax.tree.map(lambda values: values[0], (micros, rngs))
     shapes, _ = jax.eval_shape(lambda: sums(moved, micro, key, counts))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    zeros = jax.tree.map(_wide_zeros, shapes)
     (total, moved), _ = jax.lax.scan(add, (zeros, moved), (micros, rngs))
-    return everywhere(total), _averaged(moved, axis_name)
+    total = jax.tree.map(
+        lambda leaf, like: leaf.astype(like.dtype), everywhere(total), shapes
+    )
+    return total, _averaged(moved, axis_name)
+
+
+def _wide_zeros(like: jax.ShapeDtypeStruct) -> Array:
+    """To add to: in bfloat16 a small part of a sum would be rounded away."""
+    if not jnp.issubdtype(like.dtype, jnp.floating):
+        return jnp.zeros(like.shape, like.dtype)
+    return jnp.zeros(like.shape, jnp.promote_types(like.dtype, jnp.float32))
 
 
 def _counts(terms: dict[str, Term]) -> dict[str, Array]:

@@ -265,7 +265,10 @@ def test_nothing_fits(small_chip):
     assert all(trial.report.costs is None for trial in trials)
     assert trials[-1].axes == {"fsdp": 8}
     assert trials[-1].levers.remat
-    assert "does not fit" in preflight.verdict(trials)
+    more = "take more chips or a smaller batch."
+    assert f"does not fit; {more}" in preflight.verdict(trials[:1])
+    assert "does not fit, even with teacher in bfloat16" in preflight.verdict(trials)
+    assert preflight.verdict(trials).endswith(f"; {more}")
 
 
 @pytest.mark.skipif(

@@ -66,8 +66,8 @@ def verdict(trials: Sequence[Trial]) -> str:
     if last.report.fits is None:
         return f"{chips}: {_bytes(last.report.peak)} on each; its memory is not known."
     if not last.report.fits:
-        tried = f" even with {', '.join(changed)}" if changed else ""
-        return f"{chips}: does not fit,{tried}; take more chips or a smaller batch."
+        tried = f", even with {', '.join(changed)}" if changed else ""
+        return f"{chips}: does not fit{tried}; take more chips or a smaller batch."
     if not changed:
         return f"{chips}: it fits."
     settings = ", ".join(
