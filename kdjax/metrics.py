@@ -15,6 +15,7 @@ from jax import Array
 
 from kdjax import losses
 from kdjax.losses import _checks
+from kdjax.losses._rows import wide_dtype
 from kdjax.types import Mean
 
 
@@ -177,7 +178,7 @@ def calibration(
     if bins < 1:
         raise ValueError(f"bins: got {bins}, expected at least 1.")
     counts = _scored(logits, labels, where).ravel()
-    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    probabilities = jax.nn.softmax(logits.astype(wide_dtype(logits)), axis=-1)
     confidence = probabilities.max(-1).ravel()
     right = (logits.argmax(-1) == labels).astype(jnp.float32).ravel()
     # Bins are closed above: (k/n, (k+1)/n].

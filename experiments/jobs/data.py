@@ -6,10 +6,10 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from kdjax.losses import UNSCORED
+
 Images: TypeAlias = dict[str, np.ndarray]
 """``x``, ``[N, H, W, C]``, and ``label``, int32 ``[N]``."""
-
-UNLABELLED = -100
 
 
 class Parts(NamedTuple):
@@ -43,7 +43,7 @@ def hide_labels(images: Images, per_class: int, seed: int) -> Images:
       The same images; ``label`` is -100 where it is hidden.
     """
     rng = np.random.default_rng(seed)
-    label = np.full_like(images["label"], UNLABELLED)
+    label = np.full_like(images["label"], UNSCORED)
     for each in np.unique(images["label"]):
         rows = np.flatnonzero(images["label"] == each)
         label[rng.choice(rows, per_class, replace=False)] = each

@@ -13,7 +13,6 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.jobs.data import UNLABELLED as UNSCORED
 from experiments.lm.tokens import Tokens
 from experiments.lm.windows import overlapping
 from kdjax import LinearHead, Mean, Model, Teacher, losses
@@ -165,7 +164,7 @@ def _eval_step(
         shown, _ = model.apply(*arrays, batch, rng=None, train=False)
         assert isinstance(shown.logits, LinearHead)
 
-        read = jnp.where(batch["scored"], batch["tokens"], UNSCORED)
+        read = jnp.where(batch["scored"], batch["tokens"], losses.UNSCORED)
         student, labels = losses.next_token(shown.logits, read)
         assert isinstance(student, LinearHead)
         teacher = None

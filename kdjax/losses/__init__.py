@@ -18,7 +18,6 @@ from kdjax.losses._attention import (
 from kdjax.losses._channels import (
     channel_similarity,
     feature_correlation,
-    linear_cka,
     solution_flow,
 )
 from kdjax.losses._class_relations import (
@@ -64,6 +63,7 @@ from kdjax.losses._sampled import sampled_forward_kl, sampled_targets
 from kdjax.losses._scores import margin_mse, score_kl
 from kdjax.losses._similarities import (
     correlation_congruence,
+    linear_cka,
     probabilistic_transfer,
     similarity_preserving,
 )
@@ -78,10 +78,11 @@ from kdjax.losses._spatial import (
     factor_transfer,
     neuron_selectivity,
 )
-from kdjax.losses._tokens import chunk_likelihood, next_token
+from kdjax.losses._tokens import UNSCORED, chunk_likelihood, next_token
 from kdjax.losses._vocabularies import align_vocabulary, universal_logit
 
 __all__ = [
+    "UNSCORED",
     "activation_boundary",
     "adaptive_kl",
     "align_vocabulary",

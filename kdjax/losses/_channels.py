@@ -19,12 +19,9 @@ from kdjax.losses._maps import (
     replaced,
 )
 from kdjax.losses._vectors import (
-    centred,
-    product,
     scaled,
     standardized,
     unit,
-    unit_distance,
 )
 
 
@@ -213,65 +210,3 @@ def feature_correlation(
     if where is not None:
         _checks.boolean(jnp.shape(student_features)[:1], where=where)
     return _feature_correlation(student_features, teacher_features, where)
-
-
-@functools.partial(jax.jit, inline=True)
-def _linear_cka(
-    student_features: Array, teacher_features: Array, where: Array | None
-) -> Array:
-    if where is None:
-        where = jnp.ones(student_features.shape[:1], bool)
-    where = where[:, None]
-
-    def likeness(features: Array) -> Array:
-        features = jnp.where(where, widened(features), 0.0)
-        # A cosine hides the scale, which the squares would let overflow.
-        rows = scaled(centred(features, 0, where))
-        return product(rows, rows.T)
-
-    return unit_distance(likeness(student_features), likeness(teacher_features), None)
-
-
-def linear_cka(
-    student_features: Float[Array, "B Ds"],
-    teacher_features: Float[Array, "B Dt"],
-    *,
-    where: Bool[Array, "B"] | None = None,
-) -> Float[Array, ""]:
-    r"""Pulls how alike examples are in the student to how they are in the teacher.
-
-    .. math:: 1 - \frac{\langle K, L \rangle}{\|K\|_F \|L\|_F}, \quad
-       K = \bar s \bar s^\top, \; L = \bar t \bar t^\top
-
-    with features :math:`\bar s`, :math:`\bar t` less their means over the batch: 1
-    less the linear centred kernel alignment, which no rotation and no common scale of
-    the features changes. This loss relates the examples of a batch: on a mesh it sees
-    the global one, and its value over micro-batches is another than over the whole.
-    There is no published weight that all use; 1 is usual.
-
-    Args:
-      student_features: features of the student, ``[B, D]``.
-      teacher_features: the same of the teacher; their number D may differ.
-      where: examples that count, ``[B]``.
-
-    Returns:
-      A scalar in [0, 1]; 0 where a side is constant over the examples, which leaves
-      the alignment undefined (so with one example), and without a gradient.
-
-    Raises:
-      ValueError: the shapes do not fit.
-      TypeError: features that are not floating, a mask that is not boolean.
-
-    Example:
-      >>> teacher = jnp.array([[1.0, 0.0], [0.0, 1.0], [3.0, 2.0]])
-      >>> linear_cka(2.0 * teacher[:, ::-1] + 1.0, teacher).item()
-      0.0
-
-    Reference:
-      Kornblith, Norouzi, Lee and Hinton, Similarity of Neural Network Representations
-      Revisited, 2019, section 3. arXiv:1905.00414
-    """
-    _checks.features(student_features, teacher_features, rank=2, width=False)
-    if where is not None:
-        _checks.boolean(jnp.shape(student_features)[:1], where=where)
-    return _linear_cka(student_features, teacher_features, where)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from kdjax.losses import _checks
 from kdjax.losses._kl import forward_kl
 from kdjax.losses._labels import weighted, widened
-from kdjax.losses._vectors import centred, unit_distance
+from kdjax.losses._vectors import centred, product, unit_distance
 
 
 def _softmax(logits: Array, temperature: Array) -> tuple[Array, Array]:
@@ -189,9 +189,7 @@ def intra_class_relation(
 
 def _gram_distances(student: Array, teacher: Array) -> tuple[Array, Array]:
     """Squared Frobenius distances of the [B, B] and of the [V, V] Gram matrices."""
-    # s s' - t t' = (s - t) s' + t (s - t)': precise where the two agree. The default
-    # precision of a matrix product is bfloat16 on a TPU.
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    # s s' - t t' = (s - t) s' + t (s - t)': precise where the two agree.
     gap = student - teacher
     examples = product(gap, student.T) + product(teacher, gap.T)
     classes = product(gap.T, student) + product(teacher.T, gap)

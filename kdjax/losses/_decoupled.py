@@ -18,6 +18,7 @@ from kdjax.losses._labels import (
     weighted,
     widened,
 )
+from kdjax.losses._slots import log_sum
 
 
 def _expm1_less_linear(x: Array) -> Array:
@@ -80,22 +81,6 @@ def _bernoulli_kl_jvp(primals, tangents):  # type: ignore[no-untyped-def]
     return bernoulli_kl(student, teacher, gap), tangent
 
 
-@jax.custom_jvp
-def _log_sum_exp(x: Array) -> Array:
-    """Over the last axis; -inf where all of it is, and then without a gradient."""
-    top = jnp.max(x, -1, keepdims=True)
-    top = jnp.where(jnp.isneginf(top), 0.0, top)
-    return jnp.log(jnp.sum(jnp.exp(x - top), -1)) + top[..., 0]
-
-
-@_log_sum_exp.defjvp
-def _log_sum_exp_jvp(primals, tangents):  # type: ignore[no-untyped-def]
-    value = _log_sum_exp(primals[0])
-    finite = jnp.where(jnp.isneginf(value), 0.0, value)
-    softmax = jnp.exp(primals[0] - finite[..., None])
-    return value, jnp.sum(softmax * tangents[0], -1)
-
-
 def _label_log_odds(logits: Array, is_label: Array) -> tuple[Array, Array]:
     """log p(label) - log(1 - p(label)), +inf where no other class exists.
 
@@ -105,7 +90,7 @@ def _label_log_odds(logits: Array, is_label: Array) -> tuple[Array, Array]:
     logits = logits - jnp.where(jnp.isneginf(top), 0.0, top)
     label = jnp.sum(jnp.where(is_label, logits, 0.0), -1)
     rest = jnp.where(is_label, -jnp.inf, logits)
-    others = _log_sum_exp(rest)
+    others = log_sum(rest)
     alone = jnp.isneginf(others)
     others = jnp.where(alone, 0.0, others)
     shares = jnp.exp(rest - others[..., None])

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 
 from kdjax.losses import _checks
 from kdjax.losses._kl_core import forward_core, reverse_core
+from kdjax.losses._labels import weighted
 from kdjax.losses._pairs import entropy_core, softened
 from kdjax.losses._rows import largest
 
@@ -154,7 +155,7 @@ def _symmetric_core(
     weight = weight[..., 0] if weight.ndim else weight
     forward = forward_core(student, teacher, inverse)
     reverse = reverse_core(student, teacher, inverse)
-    return _weighted(1 - weight, forward) + _weighted(weight, reverse)
+    return weighted(1 - weight, forward) + weighted(weight, reverse)
 
 
 def adaptive_kl(
@@ -217,11 +218,6 @@ def _adaptive_core(
     total = head_gap + tail_gap
     share = jnp.where(total == 0, 0.5, head_gap / jnp.where(total == 0, 1, total))
     return _symmetric_core(student, teacher, inverse, 1 - share[..., None])
-
-
-def _weighted(weight: Array, value: Array) -> Array:
-    """``weight * value``, and 0 for no weight on an infinite value."""
-    return jnp.where(weight == 0, 0, weight * jnp.where(weight == 0, 0, value))
 
 
 def probabilities(logits: Array, inverse: Array) -> Array:

@@ -32,7 +32,9 @@ def at_label(labels: Array, logits: Array) -> Array:
 
 def weighted(weight: Array, loss: Array) -> Array:
     """``weight * loss``, where a weight of 0 also silences an infinite loss."""
-    return jnp.where(weight == 0, 0.0, weight * loss)
+    # Also in the derivative by the weight.
+    silent = weight == 0
+    return jnp.where(silent, 0.0, weight * jnp.where(silent, 0.0, loss))
 
 
 def visible(values: Array, *inputs: Array) -> Array:

@@ -77,18 +77,6 @@ def margin_mse(
     return _margin_mse(student_scores, teacher_scores, where)
 
 
-@functools.partial(jax.jit, inline=True)
-def _score_kl(
-    student_scores: Array,
-    teacher_scores: Array,
-    temperature: Array,
-    where: Array | None,
-) -> Array:
-    return forward_kl(
-        student_scores, teacher_scores, temperature=temperature, where=where
-    )
-
-
 def score_kl(
     student_scores: Float[Array, "*batch K"],
     teacher_scores: Float[Array, "*batch K"],
@@ -127,4 +115,6 @@ def score_kl(
     _check(student_scores, teacher_scores, where)
     _checks.positive(temperature=temperature)
     _checks.scale(jnp.shape(student_scores)[:-1], temperature=temperature)
-    return _score_kl(student_scores, teacher_scores, temperature, where)
+    return forward_kl(
+        student_scores, teacher_scores, temperature=temperature, where=where
+    )

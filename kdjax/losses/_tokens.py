@@ -17,6 +17,7 @@ from kdjax.losses._rows import wide_dtype
 from kdjax.types import LinearHead
 
 UNSCORED = -100
+"""The label of what is not to be predicted, as in PyTorch; all below 0 mean it."""
 
 
 def next_token(

@@ -40,7 +40,9 @@ def as_outputs(returned: Any, features: Mapping[str, Array]) -> Outputs:
     )
 
 
-def paths(net: Adapted, batch: Batch) -> dict[str, jax.ShapeDtypeStruct]:
+def paths(
+    net: Adapted, batch: Mapping[str, Array | jax.ShapeDtypeStruct]
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Lists what can be captured of a network, in evaluation mode, without running it.
 
     Args:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from kdjax import losses
-from kdjax.losses._tokens import UNSCORED
 from kdjax.objectives._terms import MASK, counted, entry
 from kdjax.types import (
     Batch,
@@ -69,7 +68,9 @@ def next_token(
     def labelled(batch: Batch) -> Array:
         read = entry(batch, tokens, "tokens")
         predicted = counted(batch, where, read.shape, None)
-        return read if predicted is None else jnp.where(predicted, read, UNSCORED)
+        return (
+            read if predicted is None else jnp.where(predicted, read, losses.UNSCORED)
+        )
 
     def shifted(outputs: Outputs, batch: Batch) -> tuple[Outputs, Array]:
         texts = None if segments is None else entry(batch, segments, "segments")

@@ -20,8 +20,9 @@ from experiments.digits.data import load, shift
 from experiments.digits.kinds import KINDS
 from experiments.digits.main import main
 from experiments.digits.model import student_net, teacher_net
-from experiments.jobs.data import UNLABELLED, hide_labels, labelled_only
+from experiments.jobs.data import hide_labels, labelled_only
 from experiments.jobs.interruption import Interrupted, Sigterm
+from kdjax import losses
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,7 +115,7 @@ def test_labels_are_hidden_but_for_so_many_per_class():
     few = hide_labels(train, 3, seed=1)
     kept = labelled_only(few)
     assert np.bincount(kept["label"]).tolist() == [3] * 10
-    assert set(few["label"]) == {UNLABELLED, *range(10)}
+    assert set(few["label"]) == {losses.UNSCORED, *range(10)}
     shown = few["label"] >= 0
     np.testing.assert_array_equal(few["label"][shown], train["label"][shown])
     other = hide_labels(train, 3, seed=2)["label"]

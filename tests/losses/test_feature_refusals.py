@@ -108,8 +108,8 @@ SMALLER = jnp.ones((4, 2, 2, 3))
             {},
             r"student_features\[1\].*teacher_features\[1\].*channels",
         ),
-        ("linear_cka", (FEATURES, FEATURES), {}, r"student_features: got.*\[B, D\]"),
-        ("linear_cka", (jnp.ones((3, 2)), jnp.ones((4, 2))), {}, "expected one batch"),
+        ("linear_cka", (FEATURES, FEATURES), {}, r"student: got.*\[B, D\]"),
+        ("linear_cka", (jnp.ones((3, 2)), jnp.ones((4, 2))), {}, "the same examples B"),
     ],
 )
 def test_refuses_by_name(name, arguments, hyper, message):

@@ -18,7 +18,7 @@ from experiments.vision.models.resnet import ResNet, WideResNet
 from experiments.vision.models.small import Cnn, Mlp
 from experiments.vision.models.vit import VisionTransformer
 from kdjax import Adapted, Outputs
-from kdjax.models import from_nnx
+from kdjax.models import from_nnx, paths
 from kdjax.types import Batch, Model, PyTree
 
 Make = Callable[..., nnx.Module]
@@ -85,7 +85,7 @@ def network(
     module = _initialiser(name, shape, classes)(seeded_key(seed))
     adapted = _normalising(from_nnx(module), statistics)
     batch = {"x": jax.ShapeDtypeStruct((1, *shape), jnp.uint8)}
-    shown = jax.eval_shape(_features(adapted.model), *adapted[1:], batch)
+    shown = paths(adapted, batch)
     stages = sum(map_path(stage) in shown for stage in range(len(shown)))
     return Net(name, adapted, stages, "distillation" in shown)
 
@@ -135,11 +135,3 @@ def _normalising(net: Adapted, statistics: Statistics) -> Adapted:
         return net.model.apply(params, model_state, seen, rng=rng, train=train)
 
     return net._replace(model=Model(apply))
-
-
-def _features(model: Model) -> Callable[[PyTree, PyTree, Batch], dict[str, jax.Array]]:
-    def shown(params: PyTree, model_state: PyTree, batch: Batch) -> dict:
-        outputs, _ = model.apply(params, model_state, batch, rng=None, train=False)
-        return dict(outputs.features)
-
-    return shown
