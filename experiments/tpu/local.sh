@@ -16,14 +16,17 @@ job=$(printf ' %q' "${PYTHON:-python3}" -m "$@")
 
 echo "export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=1"
 echo "pids=()"
+# One SIGTERM stops all of them: they save at the same step. So does Ctrl-C, which a
+# shell keeps from what it runs in the background.
+cat <<'END'
+trap 'kill -TERM "${pids[0]}"' TERM INT HUP
+END
 for ((id = 0; id < processes; id++)); do
   printf '%s %s %s %s & pids+=($!)\n' "${job# }" \
     "--cluster.coordinator-address=127.0.0.1:${PORT:-8476}" \
     "--cluster.num-processes=$processes" "--cluster.process-id=$id"
 done
-# One SIGTERM stops all of them: they save at the same step.
 cat <<'END'
-trap 'kill -TERM "${pids[0]}"' TERM
 status=0
 for pid in "${pids[@]}"; do
   until wait "$pid"; ended=$?; ! kill -0 "$pid" 2>/dev/null; do :; done

@@ -69,7 +69,11 @@ class Records:
         max_skipped: int,
         flops: float | None = None,
     ):
-        self.failure: str | None = None
+        # A run that failed and is started again as it was has failed already.
+        self._failed_after, failure = progress.get("failure", (0, None))
+        self.failure: str | None = (
+            failure if self._failed_after >= max_skipped else None
+        )
         self._writers = writers
         self._log_every = log_every
         self._steps = steps
@@ -99,7 +103,10 @@ class Records:
     def progress(self) -> dict[str, Any]:
         """What a checkpoint needs for the next record to come out the same."""
         sums = {name: list(sum_) for name, sum_ in self._sums.items()}
-        return {"sums": sums, "skipped_in_a_row": self._skipped_in_a_row}
+        failure = (
+            {"failure": [self._failed_after, self.failure]} if self.failure else {}
+        )
+        return {"sums": sums, "skipped_in_a_row": self._skipped_in_a_row, **failure}
 
     def add(self, n: int, metrics: dict[str, Mean], examples: int) -> None:
         """Takes the metrics of step ``n``, which may still be running."""
@@ -162,13 +169,15 @@ class Records:
         self._skipped_in_a_row += 1
         _logger.warning("step %d was skipped: %s not finite", n, what)
         if self._skipped_in_a_row >= self._max_skipped and self.failure is None:
+            self._failed_after = self._skipped_in_a_row
             self.failure = (
                 f"step {n}: {what} not finite, in the last of "
                 f"{self._skipped_in_a_row} skipped steps in a row "
                 f"(max_skipped={self._max_skipped}). The parameters are those before "
                 "them. Lower the learning rate, clip gradients "
-                "(optax.clip_by_global_norm), or look at the inputs of what is named; "
-                "to get over a bad stretch of data, raise max_skipped."
+                "(optax.clip_by_global_norm), or look at the inputs of what is named. "
+                "To go on from its checkpoint, or over a bad stretch of data, raise "
+                "max_skipped."
             )
 
     def _record(self, n: int) -> None:

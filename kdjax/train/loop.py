@@ -137,8 +137,9 @@ def fit(
     Raises:
       ValueError: an interval below 1 or without its object, no batches or too few
         of them, or a state that is already beyond ``steps``.
-      FloatingPointError: ``max_skipped`` steps in a row were not finite. The state,
-        which such steps do not change, was saved before.
+      FloatingPointError: ``max_skipped`` steps in a row were not finite, now or in the
+        run that is gone on with. The state, which such steps do not change, was saved
+        before.
 
     Example:
       >>> from kdjax import models, objectives, teachers
@@ -167,6 +168,8 @@ def fit(
     if jax.process_index() > 0:
         writers = ()
     records = Records(writers, progress, log_every, steps, max_skipped, model_flops)
+    if records.failure:
+        raise FloatingPointError(records.failure)
     records.rewind(start)
     saver = _Saver(checkpoints, batches, records, start)
     stopped = False

@@ -1,7 +1,10 @@
 """What the scripts for many hosts print, and that it runs."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -103,3 +106,35 @@ def test_local_processes_have_the_options_of_their_cluster():
     assert text.count("--cluster.num-processes=2") == 2
     for number in range(2):
         assert text.count(f"--cluster.process-id={number} ") == 1
+
+
+PROCESS = """#!/usr/bin/env bash
+echo $$ >> started
+case "$*" in
+  *--cluster.process-id=0*)
+    trap 'touch told; exit 7' TERM
+    until [[ -e told ]]; do sleep 0.02; done ;;
+  *) until [[ -e told ]]; do sleep 0.02; done; exit 7 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_processes_on_one_machine_end_together(number, tmp_path, monkeypatch):
+    """The first is told to save, and tells the others by itself; all are waited for."""
+    process = tmp_path / "process.sh"
+    process.write_text(PROCESS)
+    process.chmod(0o700)
+    monkeypatch.setenv("PYTHON", str(process))
+    (tmp_path / "printed.sh").write_text(printed("local.sh"))
+    started = tmp_path / "started"
+    with subprocess.Popen(["bash", "printed.sh"], cwd=tmp_path) as driver:
+        deadline = time.monotonic() + 60
+        while not started.exists() or len(started.read_text().split()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        driver.send_signal(number)
+        assert driver.wait(60) == 7
+    for pid in started.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)

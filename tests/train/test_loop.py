@@ -231,6 +231,19 @@ def test_stops_after_too_many_skipped_steps_and_saves_first(caplog):
     assert "step 2 was skipped: kl not finite" in caplog.text
 
 
+@pytest.mark.parametrize("steps", [6, 20])
+def test_a_run_that_failed_is_not_finished_by_starting_it_again(steps):
+    store, bad = Memory(), (4, 5, 6)
+    for _ in range(3):
+        with pytest.raises(FloatingPointError, match="step 6: kl not finite"):
+            run(steps, bad=bad, checkpoints=store)
+    assert len(store.saved) == 1
+    # Unless it is asked for.
+    assert run(steps, bad=bad, checkpoints=store, max_skipped=4).step == steps
+    assert run(20, bad=bad, checkpoints=store, max_skipped=4).step == 20
+    assert run(25, bad=bad, checkpoints=store).step == 25
+
+
 def test_a_gradient_that_is_not_finite_is_called_so():
     def step(state, frozen, batch):
         state, metrics = inner(state, frozen, batch)
