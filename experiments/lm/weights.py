@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from experiments.lm.model import Decoder, DecoderConfig
 from experiments.lm.rotary import RopeScaling
+from kdjax.io.files import write_whole
 from kdjax.io.weights import load_json, load_tensors, save_tensors
 from kdjax.types import PyTree
 
@@ -129,7 +130,7 @@ def save(folder: Path, config: DecoderConfig, params: PyTree) -> None:
         for name, layer in zip(_names(config, path), layers, strict=True):
             tensors[name] = _to_file(layer, path)
     save_tensors(folder, tensors)
-    (folder / _CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n")
+    write_whole(folder / _CONFIG_FILE, json.dumps(values, indent=2) + "\n")
 
 
 def _without_derived(

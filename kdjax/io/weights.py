@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ _FILE = "model.safetensors"
 _INDEX_FILE = f"{_FILE}.index.json"
 
 
-def load_tensors(folder: Path) -> dict[str, np.ndarray]:
+def load_tensors(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads all tensors of a folder.
 
     They are in ``model.safetensors``, or in the shards that
@@ -37,14 +38,15 @@ def load_tensors(folder: Path) -> dict[str, np.ndarray]:
 
     Example:
       >>> import tempfile
-      >>> folder = Path(tempfile.mkdtemp())
+      >>> folder = tempfile.mkdtemp()
       >>> save_tensors(folder, {"scale": np.ones(3)})
       >>> load_tensors(folder)
       {'scale': array([1., 1., 1.])}
     """
-    index_file = folder / _INDEX_FILE
+    files = Path(folder)
+    index_file = files / _INDEX_FILE
     if not index_file.exists():
-        return _read(folder / _FILE)
+        return _read(files / _FILE)
     index = load_json(index_file).get("weight_map")
     if not isinstance(index, dict):
         raise ValueError(
@@ -52,17 +54,19 @@ def load_tensors(folder: Path) -> dict[str, np.ndarray]:
         )
     tensors: dict[str, np.ndarray] = {}
     for shard in sorted(set(index.values())):
-        read = _read(folder / shard)
+        read = _read(files / shard)
         absent = [name for name in index if index[name] == shard and name not in read]
         if absent:
             raise ValueError(
-                f"{folder / shard}: lacks {absent}, which {_INDEX_FILE} says it has."
+                f"{files / shard}: lacks {absent}, which {_INDEX_FILE} says it has."
             )
         tensors |= read
     return tensors
 
 
-def save_tensors(folder: Path, tensors: Mapping[str, ArrayLike]) -> None:
+def save_tensors(
+    folder: str | os.PathLike[str], tensors: Mapping[str, ArrayLike]
+) -> None:
     """Writes ``model.safetensors``, which :func:`load_tensors` and PyTorch read.
 
     Args:
@@ -71,19 +75,20 @@ def save_tensors(folder: Path, tensors: Mapping[str, ArrayLike]) -> None:
     """
     # The file gets an array's buffer, whatever its strides say (safetensors 0.8).
     arrays = {name: np.ascontiguousarray(each) for name, each in tensors.items()}
-    write_whole(folder / _FILE, save(arrays, metadata={"format": "pt"}))
+    write_whole(Path(folder) / _FILE, save(arrays, metadata={"format": "pt"}))
 
 
-def load_json(path: Path) -> dict[str, Any]:
+def load_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object in a JSON file that comes with weights.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it holds something else.
     """
-    _check_exists(path)
+    file = Path(path)
+    _check_exists(file)
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: is no JSON: {error}.") from error
     if not isinstance(values, dict):

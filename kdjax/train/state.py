@@ -65,6 +65,9 @@ def init_state(
     Returns:
       The state at step 0.
 
+    Raises:
+      TypeError: ``student`` is no network from an adapter.
+
     Example:
       >>> from kdjax import models, objectives, teachers
       >>> net = models.from_apply(lambda w, batch: batch["x"] @ w, jnp.zeros((2, 3)))
@@ -76,6 +79,11 @@ def init_state(
       >>> int(state.step), state.params["student"].shape
       (0, (2, 3))
     """
+    if not isinstance(student, Adapted):
+        raise TypeError(
+            f"student: got {type(student).__name__}; expected a network with its "
+            "arrays, as kdjax.models.from_nnx, from_linen or from_apply returns it."
+        )
     params, model_state = jax.tree.map(
         lambda leaf: jnp.array(leaf, copy=True), (student.params, student.model_state)
     )

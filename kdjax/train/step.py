@@ -53,6 +53,7 @@ def make_train_step(
     Raises:
       ValueError: ``accumulate`` is below 1 or (when traced) does not divide the batch;
         or an objective with a state meets an ``axis_name``.
+      TypeError: ``student`` is no model.
 
     Example:
       >>> from kdjax import models, objectives, teachers
@@ -71,6 +72,11 @@ def make_train_step(
     """
     if accumulate < 1:
         raise ValueError(f"accumulate: got {accumulate}, expected at least 1.")
+    if not isinstance(student, Model):
+        raise TypeError(
+            f"student: got {type(student).__name__}; expected a Model, the `model` of "
+            "what an adapter in kdjax.models returns."
+        )
 
     run = _Forward(student, teacher, objective, axis_name)
 

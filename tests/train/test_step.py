@@ -370,6 +370,12 @@ def test_refuses_bad_arguments_by_name():
     state, frozen, step = setups.training(net, accumulate=3)
     with pytest.raises(ValueError, match=r"accumulate: got 3.*16 examples"):
         jax.jit(step)(state, frozen, setups.batch())
+    with pytest.raises(TypeError, match="student: got Adapted; expected a Model"):
+        make_train_step(net, *teachers.frozen(net), optax.sgd(0.1))
+    started = {"frozen": frozen, "batch": setups.batch(), "rng": jax.random.key(0)}
+    parts = teachers.frozen(net)[0], objectives.hard_labels(), optax.sgd(0.1)
+    with pytest.raises(TypeError, match=r"student: got Model; .*models\.from_nnx"):
+        init_state(net.model, *parts, **started)
     silent = objectives.soft_labels(weight=0)
     state, frozen, step = setups.training(net, goal=silent)
     with pytest.raises(ValueError, match=r"objective: all of its terms.*weight 0"):

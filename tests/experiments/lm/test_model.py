@@ -170,8 +170,11 @@ def test_remat_changes_no_gradient():
         again = dataclasses.replace(CONFIG, remat=True)
         return jax.grad(total)(params, CONFIG), jax.grad(total)(params, again)
 
-    plain, again = both(params_of(CONFIG))
-    chex.assert_trees_all_close(plain, again, rtol=1e-3, atol=1e-3)
+    params = params_of(CONFIG)
+    # The primitive has had several names; its parameter has one.
+    assert "prevent_cse" in str(jax.make_jaxpr(both)(params))
+    plain, again = both(params)
+    chex.assert_trees_all_close(plain, again, rtol=1e-5, atol=1e-4)
 
 
 def test_bfloat16_is_computed_and_float32_kept():
