@@ -11,6 +11,7 @@ from kdjax import fused, losses
 from kdjax.train.step import make_train_step
 from kdjax.types import (
     Adapted,
+    AlignedLogits,
     LinearHead,
     Mean,
     Model,
@@ -24,6 +25,7 @@ from kdjax.types import (
 
 __all__ = [
     "Adapted",
+    "AlignedLogits",
     "LinearHead",
     "Mean",
     "Model",
