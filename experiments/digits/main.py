@@ -204,7 +204,7 @@ def _report(prepared: Prepared, seconds: float | None) -> None:
     config, console = prepared.config, prepared.job.console
     results = report.read(config.out, config.seeds)
     table = report.table(results, config)
-    console.print(table.rich())
+    table.print(console)
     for line in report.findings(results, config):
         console.print(line)
     path = report.write(config, prepared.parts, results)

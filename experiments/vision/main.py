@@ -104,7 +104,7 @@ def _report(prepared: Prepared, seconds: float) -> None:
     """Prints the table, and writes everything beside the runs."""
     config, console = prepared.config, prepared.job.console
     results = report.read(config.out, prepared.methods, config.seeds)
-    console.print(report.table(results).rich())
+    report.table(results).print(console)
     for line in report.findings(results):
         console.print(line)
     path = report.write(config, results)

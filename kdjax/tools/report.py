@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import rich.box
+import rich.console
 import rich.markup
 import rich.table
 
@@ -63,11 +64,28 @@ class Table:
                     f"of the columns {list(self.columns)}."
                 )
 
-    def rich(self, title: str | None = None) -> rich.table.Table:
-        """The table for a terminal; print it with a ``rich.console.Console``."""
+    def print(self, console: rich.console.Console) -> None:
+        """Prints it in a terminal, of which no number and no word is cut.
+
+        Where the terminal is narrow, the last of the texts are wrapped between words;
+        where it is narrower than that, or a pipe, lines are longer than it.
+        """
+        shown = self._rich()
+        widest = rich.console.Console(width=10_000, file=io.StringIO())
+        natural = widest.measure(shown).maximum
+        shown.width = max(natural - self._slack(), min(natural, console.width))
+        console.print(shown, crop=False)
+
+    def _slack(self) -> int:
+        """How much narrower the column that gives way is when it is wrapped."""
+        if not self.text_columns:
+            return 0
+        texts = [row[self.text_columns - 1] for row in [self.columns, *self.rows]]
+        words = [word for text in texts for word in text.split()]
+        return max(map(len, texts)) - max(map(len, words), default=0)
+
+    def _rich(self) -> rich.table.Table:
         shown = rich.table.Table(
-            title=title,
-            title_justify="left",
             box=rich.box.SIMPLE_HEAD,
             show_edge=False,
             pad_edge=False,
@@ -75,7 +93,6 @@ class Table:
         )
         for index, name in enumerate(self.columns):
             justify: Any = "left" if index < self.text_columns else "right"
-            # On a narrow terminal the last of the words give way, and no number.
             gives_way = index == self.text_columns - 1
             shown.add_column(name, justify=justify, no_wrap=not gives_way)
         for row in self.rows:
@@ -167,7 +184,9 @@ def draw_band(
             "per run."
         )
     mean = curves.mean(0)
-    (drawn,) = axes.plot(x, mean, **line)
+    # No line joins a single point.
+    marker = {"marker": "o"} if len(x) == 1 else {}
+    (drawn,) = axes.plot(x, mean, **marker | line)
     if len(curves) > 1:
         spread = curves.std(0, ddof=1)
         axes.fill_between(

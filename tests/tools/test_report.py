@@ -28,7 +28,7 @@ def drawn():
 
 def test_a_table_in_all_its_forms():
     console = Console(width=60, record=True, file=io.StringIO())
-    console.print(TABLE.rich())
+    TABLE.print(console)
     shown = console.export_text().splitlines()
     assert shown[0].split() == ["loss", "paper", "accuracy"]
     # What looks like Rich's markup or like HTML is text.
@@ -41,6 +41,23 @@ def test_a_table_in_all_its_forms():
     assert '<td class="text">[1] &lt;b&gt;</td><td>0.9 ± 0.1</td>' in TABLE.html()
 
 
+@pytest.mark.parametrize("width", [1, 20, 40, 200])
+def test_nothing_is_cut_on_a_narrow_terminal(width):
+    columns = ["what it is", "bits per character", "gain"]
+    rows = [
+        ["forward_kl", "2.457 ± 0.030", "0.249 ± 0.016"],
+        ["the teacher's", "2", "–"],
+    ]
+    console = Console(width=width, record=True, file=io.StringIO())
+    Table(columns, rows).print(console)
+    shown = console.export_text()
+    assert "…" not in shown
+    for text in (*columns[1:], *rows[0], "teacher's"):
+        assert text in shown
+    # Between words the last of the texts give way.
+    assert ("the teacher's" in shown) == (width == 200)
+
+
 def test_rows_of_another_length_are_refused():
     with pytest.raises(ValueError, match=r"rows: got 1 texts .* columns \['a', 'b'\]"):
         Table(["a", "b"], [["1"]])
@@ -51,6 +68,12 @@ def test_the_spread_is_that_of_a_sample():
     assert mean_and_spread([1, 2, 3], digits=2) == "2.00 ± 1.00"
     with pytest.raises(ValueError, match="values: got none"):
         mean_and_spread([], digits=2)
+
+
+def test_a_curve_of_one_point_is_seen():
+    axes = Figure().subplots()
+    draw_band(axes, [4], [[1.0], [2.0]])
+    assert axes.lines[0].get_marker() == "o"
 
 
 def test_a_band_is_one_standard_deviation_around_the_mean():

@@ -40,13 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for trial in recommend(planned, mesh_of, axes, _levers(options)):
             trials.append(trial)
             console.rule(trial.changed or "as given")
-            console.print(_views.table(trial.report).rich())
+            _views.table(trial.report).print(console)
     except (ImportError, ValueError) as error:
         print(f"Refused: {error}", file=sys.stderr)
         return 2
     if len(trials) > 1:
         console.rule("tried")
-        console.print(_views.trials_table(trials).rich())
+        _views.trials_table(trials).print(console)
     console.print(_views.verdict(trials))
     if options.picture is not None:
         write_whole(options.picture, png(_views.figure(trials)))
