@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import tyro
 from etils.epath import Path
@@ -29,33 +29,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = tyro.cli(Config, args=arguments, prog="python -m experiments.lm")
 
     def work(prepared: Prepared) -> None:
-        _train(prepared)
+        diverged = _train(prepared)
         if is_first():
-            _report(prepared, time.perf_counter() - started)
+            _report(prepared, diverged, time.perf_counter() - started)
+        comparison.refuse(diverged)
 
     return command.run(config.cluster, functools.partial(prepare, config), work)
 
 
-def _train(prepared: Prepared) -> None:
-    """Trains and times what is not finished."""
+def _train(prepared: Prepared) -> dict[str, str]:
+    """Trains and times what is not finished; tells which methods diverged."""
     config, job = prepared.config, prepared.job
     pending = comparison.pending(config.out, prepared.methods, config.seeds)
     if not pending and is_finished(config.out / "teacher"):
         job.console.print(f"All runs in {config.out} are finished.")
-        return
+        return {}
     students = Students(prepared, _teacher(prepared))
     alone = students.of(ALONE)
-    number, total = 0, sum(map(len, pending.values()))
-    for name, seeds in pending.items():
+
+    def work_of(name: str) -> comparison.Work:
         own = alone if name == ALONE else students.of(name)
-        for seed in seeds:
-            number += 1
-            job.console.print(f"student {number} of {total}: {name}, seed {seed}")
+
+        def train_seed(seed: int) -> None:
             folder = comparison.folder_of(config.out, name, seed)
             own.trainer.run(folder, own.initial(seed), own.rows(seed), seed)
-        if agreed(functools.partial(_is_untimed, config.out / name)):
-            measured(own.stopwatch(), alone.stopwatch()).write(config.out / name)
-        job.sigterm.check()
+
+        def time_step() -> None:
+            if agreed(functools.partial(_is_untimed, config.out / name)):
+                measured(own.stopwatch(), alone.stopwatch()).write(config.out / name)
+
+        return train_seed, time_step
+
+    return comparison.train(pending, ALONE, work_of, job.console, job.sigterm)
 
 
 def _is_untimed(folder: Path) -> bool:
@@ -80,10 +85,12 @@ def _teacher(prepared: Prepared) -> Adapted:
     return teacher
 
 
-def _report(prepared: Prepared, seconds: float) -> None:
+def _report(prepared: Prepared, diverged: Mapping[str, str], seconds: float) -> None:
     """Prints the table, and writes everything beside the runs."""
     config, console = prepared.config, prepared.job.console
-    results = report.read(config.out, prepared.methods, config.seeds)
+    methods = [name for name in prepared.methods if name not in diverged]
+    results = report.read(config.out, methods, config.seeds)
+    results = results._replace(diverged=tuple(diverged.values()))
     report.table(results).print(console)
     for line in report.findings(results):
         console.print(line)

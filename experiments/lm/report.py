@@ -57,11 +57,19 @@ class Run(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Of the teacher, and of the methods in the order of the seeds."""
+    """Of the teacher, and of the methods in the order of the seeds.
+
+    Attributes:
+      teacher: what it ends with.
+      runs: of each method.
+      timings: of each method, beside the student alone.
+      diverged: what is told of methods that are left out.
+    """
 
     teacher: Result
     runs: dict[str, list[Run]]
     timings: dict[str, Timing]
+    diverged: tuple[str, ...] = ()
 
     def gains(self, name: str, over: str = ALONE) -> list[float]:
         """Bits per character fewer than those of another method, seed by seed."""
@@ -148,13 +156,15 @@ def _row(results: Results, name: str) -> list[str]:
 def findings(results: Results) -> list[str]:
     """The method with the largest gain, and how many gain at all."""
     others = [name for name in results.ranked() if run_of(name).method != ALONE]
+    left_out = [f"Left out: {told}" for told in results.diverged]
     if not others:
-        return []
+        return left_out
     ahead = [name for name in others if sum(results.gains(name)) > 0]
     gain = mean_and_spread(results.gains(others[0]), digits=3)
     return [
         f"{others[0]} is first, with a gain of {gain} bits per character over alone.",
         f"{len(ahead)} of {len(others)} methods gain on average.",
+        *left_out,
     ]
 
 
@@ -182,7 +192,7 @@ def write(config: Config, results: Results) -> Path:
     curves = png(figures.curves(_curves(config, results), ALONE))
     write_whole(out / "bars.png", bars)
     write_whole(out / "curves.png", curves)
-    lines = "".join(f"<li>{line}</li>" for line in told)
+    lines = "".join(f"<li>{escape(line)}</li>" for line in told)
     options = "<br>".join(
         escape(f"{name}: {value}") for name, value in vars(config).items()
     )

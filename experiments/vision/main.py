@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import tyro
 
@@ -36,9 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = tyro.cli(Config, args=arguments, prog="python -m experiments.vision")
 
     def work(prepared: Prepared) -> None:
-        _train(prepared)
+        diverged = _train(prepared)
         if is_first():
-            _report(prepared, time.perf_counter() - started)
+            _report(prepared, diverged, time.perf_counter() - started)
+        comparison.refuse(diverged)
 
     return command.run(config.cluster, functools.partial(prepare, config), work)
 
@@ -56,13 +57,13 @@ def _teacher(prepared: Prepared) -> Adapted:
     return prepared.teacher
 
 
-def _train(prepared: Prepared) -> None:
-    """Trains and times what is not finished."""
+def _train(prepared: Prepared) -> dict[str, str]:
+    """Trains and times what is not finished; tells which methods diverged."""
     config, job = prepared.config, prepared.job
     pending = comparison.pending(config.out, prepared.methods, config.seeds)
     if not pending and is_finished(config.out / "teacher"):
         job.console.print(f"All runs in {config.out} are finished.")
-        return
+        return {}
     teacher = _teacher(prepared)
     setup = setup_of(prepared, teacher)
     source = teachers.frozen(teacher)
@@ -84,26 +85,31 @@ def _train(prepared: Prepared) -> None:
         )
 
     alone = trainer(ALONE)
-    number, total = 0, sum(map(len, pending.values()))
-    for name, seeds in pending.items():
+
+    def work_of(name: str) -> comparison.Work:
         own = alone if name == ALONE else trainer(name)
-        for seed in seeds:
-            number += 1
-            job.console.print(f"student {number} of {total}: {name}, seed {seed}")
+
+        def train_seed(seed: int) -> None:
             student = prepared.network(config.student, seed).adapted
             images = learnt_from(config, prepared.images, seed)
-            folder = comparison.folder_of(config.out, name, seed)
-            own.run(folder, student, images, seed)
-        images = learnt_from(config, prepared.images, seed=0)
-        sides = (each.stopwatch(net, images, _STEPS_TIMED) for each in (own, alone))
-        measured(*sides).write(config.out / name)
-        job.sigterm.check()
+            own.run(comparison.folder_of(config.out, name, seed), student, images, seed)
+
+        def time_step() -> None:
+            images = learnt_from(config, prepared.images, seed=0)
+            sides = (each.stopwatch(net, images, _STEPS_TIMED) for each in (own, alone))
+            measured(*sides).write(config.out / name)
+
+        return train_seed, time_step
+
+    return comparison.train(pending, ALONE, work_of, job.console, job.sigterm)
 
 
-def _report(prepared: Prepared, seconds: float) -> None:
+def _report(prepared: Prepared, diverged: Mapping[str, str], seconds: float) -> None:
     """Prints the table, and writes everything beside the runs."""
     config, console = prepared.config, prepared.job.console
-    results = report.read(config.out, prepared.methods, config.seeds)
+    methods = [name for name in prepared.methods if name not in diverged]
+    results = report.read(config.out, methods, config.seeds)
+    results = results._replace(diverged=tuple(diverged.values()))
     report.table(results).print(console)
     for line in report.findings(results):
         console.print(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from html import escape
 from typing import NamedTuple
 
 from etils.epath import Path
@@ -54,11 +55,19 @@ class Run(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Of the teacher, and of the methods in the order of the seeds."""
+    """Of the teacher, and of the methods in the order of the seeds.
+
+    Attributes:
+      teacher: what it ends with.
+      runs: of each method.
+      timings: of each method, beside the student alone.
+      diverged: what is told of methods that are left out.
+    """
 
     teacher: Result
     runs: dict[str, list[Run]]
     timings: dict[str, Timing]
+    diverged: tuple[str, ...] = ()
 
     def gains(self, name: str) -> list[float]:
         """Test accuracy over that of the student alone, seed by seed."""
@@ -125,14 +134,16 @@ def _row(results: Results, name: str) -> list[str]:
 def findings(results: Results) -> list[str]:
     """The methods with the largest gain, and how many gain at all."""
     others = [name for name in results.ranked() if name != ALONE]
+    left_out = [f"Left out: {told}" for told in results.diverged]
     if not others:
-        return []
+        return left_out
     first, gains = others[0], results.gains(others[0])
     ahead = [name for name in others if sum(results.gains(name)) > 0]
     return [
         f"{first} is first, with a gain of "
         f"{mean_and_spread(gains, digits=2, scale=100)} points over alone.",
         f"{len(ahead)} of {len(others)} methods gain on average.",
+        *left_out,
     ]
 
 
@@ -164,8 +175,10 @@ def write(config: Config, results: Results) -> Path:
     curves = png(figures.curves(_curves(config, results), ALONE))
     write_whole(out / "bars.png", bars)
     write_whole(out / "curves.png", curves)
-    lines = "".join(f"<li>{line}</li>" for line in told)
-    options = "<br>".join(f"{name}: {value}" for name, value in vars(config).items())
+    lines = "".join(f"<li>{escape(line)}</li>" for line in told)
+    options = "<br>".join(
+        escape(f"{name}: {value}") for name, value in vars(config).items()
+    )
     sections = {
         "Results on the test part": shown.html() + _NOTE + f"<ul>{lines}</ul>",
         "Accuracy by method": image(bars, _BARS_CAPTION),

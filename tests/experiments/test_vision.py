@@ -22,7 +22,7 @@ from experiments.vision.methods import (
     objective,
 )
 from experiments.vision.models import Statistics, maker, network
-from kdjax import Outputs, make_train_step, teachers
+from kdjax import Outputs, make_train_step, objectives, teachers
 from kdjax.io.input import batches
 from kdjax.train import init_state
 from tests.experiments.image_files import CLASSES, SHAPE, write_set
@@ -314,6 +314,18 @@ def test_evaluations_are_recorded_with_their_test_accuracy(finished):
     evaluated = [record for record in records if record["kind"] == "eval"]
     assert [record["step"] for record in evaluated] == [2, 4]
     assert all("test_accuracy" in record for record in evaluated)
+
+
+def test_a_method_that_diverges_is_left_out(finished, monkeypatch, capsys):
+    nan = objectives.soft_labels(name="wild", weight=lambda step: jnp.nan * step)
+    monkeypatch.setitem(METHODS, "wild", lambda setup: nan)
+    for _ in range(2):  # started again it has diverged too
+        assert main(arguments(finished, methods="wild,kd")) == 1
+        assert "wild diverged, as told above" in capsys.readouterr().err
+        results = json.loads((finished / "out/results.json").read_text())
+        assert set(results["methods"]) == {"alone", "kd"}
+        assert "Left out: wild diverged with seed 0" in results["findings"][-1]
+    assert "Left out: wild" in (finished / "out/report.html").read_text()
 
 
 @pytest.mark.slow
