@@ -21,7 +21,8 @@ class Config:
     """Distils a teacher into a student by many methods, and compares them.
 
     Started again, it reads the runs that are finished and goes on with the one that
-    was interrupted. More methods and seeds can be added to a folder.
+    was interrupted. More methods and seeds can be added to a folder; the report has
+    those that the last command names.
     """
 
     out: Path = Path("runs/vision")

@@ -69,6 +69,11 @@ def load(folder: Path | None, validation: int) -> ImageSet:
     order = np.random.default_rng(0).permutation(count)
     kept, apart = np.sort(order[:-validation]), np.sort(order[-validation:])
     parts = Parts(_rows(train, kept), _rows(train, apart), test)
+    if train["x"].shape[1:] != test["x"].shape[1:]:
+        raise ValueError(
+            f"--data-dir: images of the test part are {test['x'].shape[1:]}; expected "
+            f"those of the training part, {train['x'].shape[1:]}."
+        )
     classes = int(train["label"].max()) + 1
     if test["label"].max() >= classes:
         raise ValueError(

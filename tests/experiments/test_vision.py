@@ -239,6 +239,10 @@ def test_methods_that_do_not_fit_are_refused(pair):
         objective("deit", setup_of(*pair))
     with pytest.raises(Unfit, match="dkd reads one label"):
         objective("dkd", setup_of(*pair, mixup=True))
+    dense = network("mlp", SHAPE, CLASSES, STATISTICS, seed=0)
+    for name in ("at", "nst", "cwd"):
+        with pytest.raises(Unfit, match=f"{name} compares .* those of mlp and cnn"):
+            objective(name, setup_of(dense, pair[1]))
 
 
 def test_mixed_labels_count_by_their_shares(pair):

@@ -80,9 +80,18 @@ def broken_gzip(folder):
     path.with_name(path.name + ".gz").write_bytes(gzip.compress(b"\0" * 99)[:20])
 
 
+def larger_test_images(folder):
+    images = np.zeros((40, 10, 8), np.uint8)
+    write_idx(folder / "t10k-images-idx3-ubyte", images)
+
+
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
+        (
+            larger_test_images,
+            r"--data-dir: .*test part are \(10, 8, 1\); .* \(8, 8, 1\)",
+        ),
         (cut_short, r"train-images-idx3-ubyte: got 6155 bytes; expected 6160 .*short"),
         (wrong_magic, r"t10k-labels-idx1-ubyte: starts with 00 00 0d 01; expected"),
         (too_few_labels, r"train-labels-idx1.* got shape \(95,\); .* each of the 96"),

@@ -11,37 +11,65 @@ from typing import Any
 
 from jax import Array
 
-from experiments.vision.methods.setup import Method, Setup, beside_labels, warm_up
+from experiments.vision.methods.setup import (
+    Method,
+    Setup,
+    Unfit,
+    beside_labels,
+    warm_up,
+)
 from kdjax import Objective, losses, objectives
 from kdjax.objectives import combine, feature_pairs, features, projectors
 
 
 def _every_stage(loss: Callable[..., Array], name: str, weight: float) -> Method:
-    """A term per stage between maps whose channels may differ."""
-    return beside_labels(
-        lambda setup: feature_pairs(loss, setup.maps(), name=name, weight=weight)
-    )
+    """A term per stage between the positions of maps whose channels may differ."""
+
+    def term(setup: Setup) -> Objective:
+        _check_positions(name, setup, max(setup.positions()))
+        return feature_pairs(loss, setup.maps(), name=name, weight=weight)
+
+    return beside_labels(term)
+
+
+def _check_positions(name: str, setup: Setup, positions: int) -> None:
+    """A term that compares positions is 0 where there is only one."""
+    if positions == 1:
+        raise Unfit(
+            f"{name} compares the positions of maps, of which those of "
+            f"{setup.student.name} and {setup.teacher.name} share one; expected two "
+            "networks with larger maps."
+        )
 
 
 def _last_map(
-    loss: Callable[..., Array], name: str, weight: float, **more: Any
-) -> Method:
+    loss: Callable[..., Array], name: str, weight: float, setup: Setup, **more: Any
+) -> Objective:
     """A term between the last maps, the student's brought to the teacher's channels."""
+    student, teacher = setup.maps()[-1]
+    return features(
+        loss,
+        student=student,
+        teacher=teacher,
+        name=name,
+        weight=weight,
+        projector=projectors.linear(),
+        pool=True,
+        **more,
+    )
 
-    def term(setup: Setup) -> Objective:
-        student, teacher = setup.maps()[-1]
-        return features(
-            loss,
-            student=student,
-            teacher=teacher,
-            name=name,
-            weight=weight,
-            projector=projectors.linear(),
-            pool=True,
-            **more,
-        )
 
-    return beside_labels(term)
+def _channel_distribution(setup: Setup) -> Objective:
+    _check_positions("cwd", setup, setup.positions()[-1])
+    return _last_map(losses.channel_distribution, "cwd", 5.0, setup, temperature=1.0)
+
+
+def _channel_similarity(setup: Setup) -> Objective:
+    return _last_map(losses.channel_similarity, "ickd", 1.0, setup)
+
+
+def _feature_correlation(setup: Setup) -> Objective:
+    return _last_map(losses.feature_correlation, "pkd", 6.0, setup)
 
 
 def _fitnet(setup: Setup) -> Objective:
@@ -150,9 +178,9 @@ MAPS: dict[str, Method] = {
     "reviewkd": beside_labels(
         lambda setup: objectives.review(pairs=setup.maps(), weight=warm_up(setup, 1.0))
     ),
-    "cwd": _last_map(losses.channel_distribution, "cwd", 5.0, temperature=1.0),
-    "ickd": _last_map(losses.channel_similarity, "ickd", 1.0),
-    "pkd": _last_map(losses.feature_correlation, "pkd", 6.0),
+    "cwd": beside_labels(_channel_distribution),
+    "ickd": beside_labels(_channel_similarity),
+    "pkd": beside_labels(_feature_correlation),
     "mgd": beside_labels(_masked),
 }
 """By name."""

@@ -48,6 +48,13 @@ class Setup(NamedTuple):
         """Pairs of paths of the maps, student first."""
         return [(map_path(ours), map_path(theirs)) for ours, theirs in self.stages()]
 
+    def positions(self) -> list[int]:
+        """Of the maps of each pair, of the smaller one."""
+        return [
+            min(self.student.positions[ours], self.teacher.positions[theirs])
+            for ours, theirs in self.stages()
+        ]
+
     def preactivations(self) -> list[tuple[str, str]]:
         """Pairs of paths of the maps before their ReLU, student first."""
         return [

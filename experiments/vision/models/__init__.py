@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.jobs.networks import seeded_key
-from experiments.vision.models.features import Net, map_path
+from experiments.vision.models.features import DISTILLATION, Net, map_path
 from experiments.vision.models.resnet import ResNet, WideResNet
 from experiments.vision.models.small import Cnn, Mlp
 from experiments.vision.models.vit import VisionTransformer
@@ -86,8 +86,9 @@ def network(
     adapted = _normalising(from_nnx(module), statistics)
     batch = {"x": jax.ShapeDtypeStruct((1, *shape), jnp.uint8)}
     shown = paths(adapted, batch)
-    stages = sum(map_path(stage) in shown for stage in range(len(shown)))
-    return Net(name, adapted, stages, "distillation" in shown)
+    maps = [shown[map_path(n)] for n in range(len(shown)) if map_path(n) in shown]
+    positions = [each.shape[1] * each.shape[2] for each in maps]
+    return Net(name, adapted, positions, DISTILLATION in shown)
 
 
 def maker(name: str) -> Make:

@@ -33,14 +33,19 @@ class Net(NamedTuple):
     Attributes:
       name: of the architecture.
       adapted: the function and its arrays.
-      stages: how many stages it shows the maps of.
+      positions: of the map of each stage, height times width.
       has_distillation_token: whether it shows :data:`DISTILLATION`.
     """
 
     name: str
     adapted: Adapted
-    stages: int
+    positions: Sequence[int]
     has_distillation_token: bool
+
+    @property
+    def stages(self) -> int:
+        """How many stages it shows the maps of."""
+        return len(self.positions)
 
 
 def outputs(
