@@ -237,16 +237,16 @@ def _samples(config: Config, results: Results) -> str:
     return "".join(parts)
 
 
-_NOTE = """<p class="note">Bits: per character of the test part, at the last step. Gain:
-bits fewer than the student alone at equal steps, seed by seed. Best: bits of the
-validation part where they were fewest. Gain, equal time: over the shortest training of
-the student alone that took as long (within a tenth), by a schedule of its own (alone:4 has 4
-times the steps). Perplexity: per token. KL and entropy: in nats per token, at
-temperature 1, of teacher (t) and student (s). Agrees: how often the teacher names the
-same token. Distinct: share of different ones among the pairs of words in samples. Time:
-of a training by that of the student alone, its steps run in turns in one process. ± is
-the standard deviation over the seeds, each of which has its own weights, passage of
-text and order of rows; the teacher is one.</p>"""
+_NOTE = """<p class="note">Bits: per character of the test part, at the last step.
+Gain: bits fewer than the student alone at equal steps, seed by seed. Best: bits of
+the validation part where they were fewest. Gain, equal time: over the shortest
+training of the student alone that took as long (within a tenth), by a schedule of its
+own (alone:4 has 4 times the steps). Perplexity: per token. KL and entropy: in nats
+per token, at temperature 1, of teacher (t) and student (s). Agrees: how often the
+teacher names the same token. Distinct: share of different ones among the pairs of
+words in samples. Time: of a training by that of the student alone, its steps run in
+turns in one process. ± is the standard deviation over the seeds, each of which has
+its own weights, passage of text and order of rows; the teacher is one.</p>"""
 
 _BARS_CAPTION = """Bits per character of the test part at the last step, mean and one
 standard deviation over the seeds; dots are seeds, the lines are the student alone and

@@ -102,7 +102,7 @@ def larger_test_images(folder):
 def test_bad_files_are_refused(spoil, told, tmp_path, capsys):
     spoil(write_set(tmp_path / "set"))
     given = [f"--data-dir={tmp_path / 'set'}", f"--out={tmp_path / 'out'}"]
-    assert main(given) == 2
+    assert main([*given, "--validation=16"]) == 2
     assert re.search(told, capsys.readouterr().err.replace("\n", " "))
     assert not (tmp_path / "out").exists()
 
