@@ -203,10 +203,10 @@ def _report(prepared: Prepared, seconds: float | None) -> None:
     """Prints the table, and writes everything beside the runs."""
     config, console = prepared.config, prepared.job.console
     results = report.read(config.out, config.seeds)
-    table = report.table(results, config)
-    table.print(console)
+    # First, as a terminal may lack characters of the table.
+    path = report.write(config, prepared.parts, results)
+    report.table(results, config).print(console)
     for line in report.findings(results, config):
         console.print(line)
-    path = report.write(config, prepared.parts, results)
     done = "" if seconds is None else f" after {seconds:.0f} s"
     console.print(f"Curves and pictures{done}: {path}")

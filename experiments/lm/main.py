@@ -91,8 +91,9 @@ def _report(prepared: Prepared, diverged: Mapping[str, str], seconds: float) -> 
     methods = [name for name in prepared.methods if name not in diverged]
     results = report.read(config.out, methods, config.seeds)
     results = results._replace(diverged=tuple(diverged.values()))
+    # First, as a terminal may lack characters of the table.
+    path = report.write(config, results)
     report.table(results).print(console)
     for line in report.findings(results):
         console.print(line)
-    path = report.write(config, results)
     console.print(f"Bars and curves after {seconds:.0f} s: {path}")
