@@ -25,6 +25,7 @@ from experiments.digits.kinds import (
 )
 from experiments.jobs.curves import series
 from experiments.jobs.data import Parts
+from experiments.jobs.settings import as_html
 from experiments.jobs.trainings import Result
 from kdjax.io.files import write_whole
 from kdjax.tools.report import Table, image, mean_and_spread, page, png
@@ -141,9 +142,7 @@ def write(config: Config, digits: Parts, results: Results) -> Path:
         "Results on the test part": shown.html() + _notes(told, config),
         "Soft targets": image(targets, _TARGETS_CAPTION),
         "Curves": image(curves, _CURVES_CAPTION),
-        "Settings": "<p><code>"
-        + "<br>".join(f"{name}: {value}" for name, value in vars(config).items())
-        + "</code></p>",
+        "Settings": as_html(config),
     }
     lead = (
         "Handwritten digits of 8 × 8 pixels: a convolutional teacher, distilled into "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections.abc import Mapping
@@ -16,6 +17,12 @@ from kdjax.io.files import write_whole
 def option(name: str) -> str:
     """What a field of a config is called on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def as_html(config: Any) -> str:
+    """All fields of a config, for the page of a job."""
+    fields = (html.escape(f"{name}: {value}") for name, value in vars(config).items())
+    return f"<p><code>{'<br>'.join(fields)}</code></p>"
 
 
 def refuse(config: Any, name: str, expected: str) -> NoReturn:

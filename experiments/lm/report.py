@@ -12,6 +12,7 @@ from etils.epath import Path
 
 from experiments.jobs import comparison
 from experiments.jobs.curves import records, series
+from experiments.jobs.settings import as_html
 from experiments.jobs.timing import Timing
 from experiments.jobs.trainings import Result
 from experiments.lm import figures
@@ -200,15 +201,12 @@ def write(config: Config, results: Results) -> Path:
     write_whole(out / "bars.png", bars)
     write_whole(out / "curves.png", curves)
     lines = "".join(f"<li>{escape(line)}</li>" for line in told)
-    options = "<br>".join(
-        escape(f"{name}: {value}") for name, value in vars(config).items()
-    )
     sections = {
         "Results on the test part": shown.html() + _NOTE + f"<ul>{lines}</ul>",
         "Bits per character by method": image(bars, _BARS_CAPTION),
         "Curves": image(curves, _CURVES_CAPTION),
         "Samples": _samples(config, results),
-        "Settings": f"<p><code>{options}</code></p>",
+        "Settings": as_html(config),
     }
     parameters = results.runs[ALONE][0].result.parameters
     size = (
