@@ -40,6 +40,21 @@ def arguments(given: dict[str, Any], chunk_size: int | None) -> tuple[int, ...]:
     return batch
 
 
+def _on_no_mesh(name: str, array: Any) -> None:
+    """Loops over tokens run in types that name no axis of a mesh."""
+    kind = jax.typeof(array)
+    if kind.manual_axis_type.varying:
+        raise ValueError(
+            f"{name}: varies over {sorted(kind.manual_axis_type.varying)} of a "
+            "shard_map that checks it; give that check_vma=False."
+        )
+    if kind.sharding.mesh.explicit_axes:
+        raise ValueError(
+            f"{name}: lies on Explicit axes {kind.sharding.mesh.explicit_axes} of a "
+            "mesh; expected AxisType.Auto, as kdjax.train.make_mesh makes them."
+        )
+
+
 def mask(where: Any, batch: tuple[int, ...]) -> None:
     """A boolean for each token."""
     if jnp.result_type(where) != jnp.bool_:
@@ -57,7 +72,10 @@ def _head(name: str, head: LinearHead) -> None:
     """Hidden states ``[*batch, D]``, kernel ``[D, V]``, bias ``[V]``, all floating."""
     arrays = {"hidden": head.hidden, "kernel": head.kernel, "bias": head.bias}
     for part, array in arrays.items():
-        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+        if array is None:
+            continue
+        _on_no_mesh(f"{name}.{part}", array)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(
                 f"{name}.{part}: got dtype {array.dtype}, expected floating-point "
                 "numbers."
@@ -68,6 +86,11 @@ def _head(name: str, head: LinearHead) -> None:
             f"{name}: got hidden {hidden} and kernel {kernel}, expected [*batch, D] "
             "and [D, V]; an embedding [V, D] is tied as embedding.T."
         )
+    for part, number in (("soft_cap", head.soft_cap), ("scale", head.scale)):
+        if number is not None and jnp.shape(number):
+            raise ValueError(
+                f"{name}.{part}: got shape {jnp.shape(number)}, expected a scalar."
+            )
     if head.bias is not None and head.bias.shape != kernel[1:]:
         raise ValueError(
             f"{name}.bias: got shape {head.bias.shape}, expected {kernel[1:]}, one "
@@ -76,6 +99,7 @@ def _head(name: str, head: LinearHead) -> None:
 
 
 def _tokens(name: str, array: Any, batch: tuple[int, ...]) -> None:
+    _on_no_mesh(name, array)
     shape = jnp.shape(array)
     if shape[: len(batch)] != batch:
         raise ValueError(

@@ -316,7 +316,7 @@ def _values_and_gradient(
     of_logits = _loss_of(loss, others, counts)
     # One per token, so that what does not count can be left out of their gradients.
     numbers = {
-        name: jnp.full((counts.size, 1), number)
+        name: jnp.full((counts.size, 1), number, wide_dtype(products))
         for name, number in (("scale", student.scale), ("soft_cap", student.soft_cap))
         if number is not None
     }

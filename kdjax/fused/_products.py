@@ -27,7 +27,7 @@ def product(equation: str, *arrays: Array) -> Array:
 
 def split(length: int, most: int) -> tuple[int, int]:
     """How many parts, and the size of each, about alike."""
-    parts = max(1, math.ceil(length / most))
+    parts = max(1, math.ceil(length / max(1, most)))
     return parts, math.ceil(length / parts)
 
 

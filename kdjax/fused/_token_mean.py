@@ -143,6 +143,12 @@ def token_means(
     counts = jnp.ones(batch, bool) if where is None else jnp.asarray(where)
     rows = Rows.of(batch, token_axes)
     plan = Plan(loss, chunk_size or rows.chunk_of(student), rows.axes)
+    # An integer would have no derivative.
+    soft_cap, scale = (
+        None if number is None else 1.0 * number
+        for number in (student.soft_cap, student.scale)
+    )
+    student = student._replace(soft_cap=soft_cap, scale=scale)
     student, others = per_token(rows.joined, (student, others))
     value, rest = total(plan, student, others, rows.counted(counts))
     count = jnp.sum(counts, dtype=jnp.int32)

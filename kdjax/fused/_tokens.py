@@ -49,6 +49,11 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, batch: tuple[int, ...], token_axes: Sequence[str]) -> Rows:
         """As the mesh around this wants them."""
+        if isinstance(token_axes, str):
+            raise TypeError(
+                f"token_axes: got {token_axes!r}, expected a sequence of names: "
+                f"({token_axes!r},)."
+            )
         mesh = jax.sharding.get_abstract_mesh()
         free = set(mesh.axis_names) - set(mesh.manual_axes)
         axes = tuple(

@@ -15,13 +15,13 @@ from jaxtyping import Bool, Float
 
 from kdjax.losses import _checks
 from kdjax.losses._kl import forward_kl
-from kdjax.losses._labels import weighted, widened
+from kdjax.losses._labels import softened, weighted, widened
 from kdjax.losses._vectors import centred, product, unit_distance
 
 
 def _softmax(logits: Array, temperature: Array) -> tuple[Array, Array]:
     """p = softmax(logits / temperature), and p - 1/V, each to its own precision."""
-    logits = logits / jnp.asarray(temperature, logits.dtype)[..., None]
+    logits = softened(logits, jnp.asarray(temperature, logits.dtype)[..., None])
     top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
     shifted = logits - jnp.where(jnp.isneginf(top), 0.0, top)
     powers, raised = jnp.exp(shifted), jnp.expm1(shifted)
@@ -212,7 +212,7 @@ def _multi_level_relation(
         soft = forward_kl(student, teacher, temperature=temperature)
         instances = jnp.sum(jnp.where(where[:, 0], soft, 0.0)) / count
         q, p = (
-            jnp.where(where, jax.nn.softmax(z / temperature), 0.0)
+            jnp.where(where, jax.nn.softmax(softened(z, temperature)), 0.0)
             for z in (student, teacher)
         )
         examples, classes = _gram_distances(q, p)
@@ -280,14 +280,15 @@ def multi_level_relation(
     for temperature in temperatures:
         _checks.positive(temperatures=temperature)
         _checks.scale((), temperatures=temperature)
-    weights = (instance_weight, batch_weight, class_weight)
-    _checks.non_negative(
-        instance_weight=instance_weight,
-        batch_weight=batch_weight,
-        class_weight=class_weight,
-    )
+    numbers = {
+        "instance_weight": instance_weight,
+        "batch_weight": batch_weight,
+        "class_weight": class_weight,
+    }
+    _checks.non_negative(**numbers)
+    _checks.scale((), **numbers)
     if where is not None:
         _checks.boolean(jnp.shape(student_logits)[:1], where=where)
     return _multi_level_relation(
-        student_logits, teacher_logits, temperatures, weights, where
+        student_logits, teacher_logits, temperatures, tuple(numbers.values()), where
     )

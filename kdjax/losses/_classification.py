@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from kdjax.losses import _checks
 from kdjax.losses._distillation_core import distillation_core
@@ -52,7 +52,7 @@ def _cross_entropy(
 
 def cross_entropy(
     logits: Float[Array, "*batch V"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     *,
     label_smoothing: float | Array = 0.0,
     where: Bool[Array, "*batch V"] | None = None,
@@ -94,6 +94,7 @@ def cross_entropy(
     _checks.floating(logits=logits)
     _checks.labels(labels, logits)
     _checks.fraction(label_smoothing=label_smoothing)
+    _checks.scale(jnp.shape(labels), label_smoothing=label_smoothing)
     if where is not None:
         _checks.boolean(jnp.shape(logits), where=where)
     # The Python number 0 leaves the smoothing out of the program.
@@ -118,7 +119,7 @@ def _knowledge_distillation(
 def knowledge_distillation(
     student_logits: Float[Array, "*batch V"],
     teacher_logits: Float[Array, "*batch V"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     *,
     temperature: float | Array = 4.0,
     alpha: float | Array = 0.5,
@@ -178,7 +179,7 @@ def _hard_distillation(
         student = jnp.where(where, student, -jnp.inf)
         teacher = jnp.where(where, teacher, -jnp.inf)
     # A NaN has no rank: beyond the classes, which makes the loss NaN too.
-    unknown = jnp.isnan(jnp.max(teacher, -1))
+    unknown = jnp.isnan(teacher).any(-1)
     choice = jnp.where(unknown, teacher.shape[-1], jnp.argmax(teacher, -1))
     return negative_log_likelihood(student, choice)
 
@@ -243,7 +244,7 @@ def _weighted_soft_labels(
 def weighted_soft_labels(
     student_logits: Float[Array, "*batch V"],
     teacher_logits: Float[Array, "*batch V"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     *,
     temperature: float | Array = 2.0,
 ) -> Float[Array, "*batch"]:

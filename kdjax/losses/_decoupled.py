@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 from kdjax.losses import _checks
 from kdjax.losses._kl import forward_kl, soft_cross_entropy
@@ -15,6 +15,7 @@ from kdjax.losses._labels import (
     at_label,
     negative_log_likelihood,
     scored,
+    softened,
     weighted,
     widened,
 )
@@ -102,8 +103,8 @@ def _target_kl(
 ) -> Array:
     """The KL of the label's class against all the others, from log-odds."""
     wide = softening[..., None]
-    student_odds, _ = _label_log_odds(student / wide, is_label)
-    teacher_odds, shares = _label_log_odds(teacher / wide, is_label)
+    student_odds, _ = _label_log_odds(softened(student, wide), is_label)
+    teacher_odds, shares = _label_log_odds(softened(teacher, wide), is_label)
     # Where the models are close, the difference of the odds comes from that of the
     # logits: two logarithms of sums would bring their rounding into it.
     gaps = _gap(student, teacher) / wide
@@ -140,7 +141,7 @@ def _decoupled_kd(
 def decoupled_kd(
     student_logits: Float[Array, "*batch V"],
     teacher_logits: Float[Array, "*batch V"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     *,
     alpha: float | Array = 1.0,
     beta: float | Array = 8.0,
@@ -219,7 +220,7 @@ def _normalized_kd(
 def normalized_kd(
     student_logits: Float[Array, "*batch V"],
     teacher_logits: Float[Array, "*batch V"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     *,
     gamma: float | Array = 1.5,
     temperature: float | Array = 1.0,
@@ -274,8 +275,8 @@ def _binary_distillation(
 ) -> Array:
     student, teacher = widened(student_logits), widened(teacher_logits)
     softening = jnp.asarray(temperature, student.dtype)[..., None]
-    gap = _gap(student, teacher) / softening
-    value = bernoulli_kl(student / softening, teacher / softening, gap)
+    sides = softened(student, softening), softened(teacher, softening)
+    value = bernoulli_kl(*sides, _gap(student, teacher) / softening)
     return softening**2 * value
 
 

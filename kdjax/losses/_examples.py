@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -10,7 +12,8 @@ from kdjax.losses._labels import widened
 
 def kept(features: Array, where: Array) -> Array:
     """One row of numbers per example, ``[B, D]``; 0 for those that do not count."""
-    rows = widened(features).reshape(features.shape[0], -1)
+    batch, *rest = features.shape
+    rows = widened(features).reshape(batch, math.prod(rest))
     return jnp.where(where[:, None], rows, 0.0)
 
 

@@ -223,7 +223,10 @@ def _adaptive_core(
 def probabilities(logits: Array, inverse: Array) -> Array:
     """The softmax at a temperature, ``[..., V]``; all 0 in a row without a class."""
     logits = logits.astype(inverse.dtype)
-    powers = jnp.exp((logits - largest(logits)) * inverse)
+    below = logits - largest(logits)
+    held = ~jnp.isneginf(below)
+    # The derivative of -inf by the temperature would be NaN.
+    powers = jnp.where(held, jnp.exp(jnp.where(held, below, 0) * inverse), 0)
     total = powers.sum(-1, keepdims=True)
     return powers / jnp.where(total == 0, 1, total)
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from kdjax.losses._rows import MOST, Blocks, Rule, by_rows, state
 
@@ -22,6 +23,19 @@ def widened(logits: Array) -> Array:
     """At least float32; float64 stays."""
     logits = jnp.asarray(logits)
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def softened(logits: Array, temperature: ArrayLike) -> Array:
+    """Divided; -inf stays so, with no derivative by the temperature, which is NaN."""
+    gone = jnp.isneginf(logits)
+    return jnp.where(gone, logits, jnp.where(gone, 0, logits) / temperature)
+
+
+def integers(array: ArrayLike) -> Array:
+    """int32, or int64 that stays: what is narrower may not hold the number of classes,
+    and what is unsigned no negative label."""
+    array = jnp.asarray(array)
+    return array if array.dtype in (jnp.int32, jnp.int64) else array.astype(jnp.int32)
 
 
 def at_label(labels: Array, logits: Array) -> Array:
@@ -46,6 +60,7 @@ def visible(values: Array, *inputs: Array) -> Array:
 
 def validity_of(labels: Array, logits: Array) -> Array:
     """1 for a class, 0 for a negative label, NaN beyond the classes."""
+    labels = integers(labels)
     known = jnp.where(labels < logits.shape[-1], 1.0, jnp.nan)
     return jnp.where(labels < 0, 0.0, known).astype(logits.dtype)
 
@@ -130,7 +145,7 @@ def _sums_in_blocks(
     return sums, state(hard_near_enough(sums))
 
 
-_hard = by_rows(Rule(hard_sums, hard_partial, blocks=Blocks(_sums_in_blocks)))
+_hard = by_rows(Rule(hard_sums, hard_partial, blocks=Blocks(_sums_in_blocks), sides=1))
 
 
 def negative_log_likelihood(logits: Array, labels: Array) -> Array:

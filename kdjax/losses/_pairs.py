@@ -200,13 +200,17 @@ def power_sums(shifts: Tops, student: Array, teacher: Array, inverse: Array) -> 
     logarithm of the sum of their powers.
     """
     p, q, _ = _unscaled(shifts, student, teacher, inverse)
-    # A row without a single class left has no distribution; all its terms are 0.
+    student_total, teacher_total = total(q), total(p)
+    # A row without a single class left has no distribution; all its terms are 0. Where
+    # it is the teacher's alone, the student's must be too.
     student_sum, teacher_sum = (
-        jnp.where(each == 0, 1, each) for each in (total(q), total(p))
+        jnp.where(each == 0, 1, each) for each in (student_total, teacher_total)
     )
+    untaught = (teacher_total == 0) & (student_total != 0)
+    student_scale = jnp.where(untaught, 0, 1 / student_sum)
     log_ratio = jnp.log(student_sum / teacher_sum)
     value = jnp.zeros_like(log_ratio)
-    return Sums(value, shifts, 1 / student_sum, 1 / teacher_sum, log_ratio, totals=())
+    return Sums(value, shifts, student_scale, 1 / teacher_sum, log_ratio, totals=())
 
 
 @traced_once

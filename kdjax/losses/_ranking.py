@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from kdjax.losses import _checks
-from kdjax.losses._labels import visible, widened
+from kdjax.losses._labels import widened
 
 
 def _differences(scores: Array) -> Array:
@@ -38,7 +38,10 @@ def _mean_over(pairs: Array, values: Array, *differences: Array) -> Array:
     """The mean over the pairs; NaN if a difference is, which has no order."""
     total = jnp.sum(jnp.where(pairs, values, 0.0), (-2, -1))
     mean = total / jnp.maximum(jnp.sum(pairs, (-2, -1)), 1)
-    return visible(mean, *(jnp.max(each, (-2, -1)) for each in differences))
+    for each in differences:
+        # Not by their largest, as XLA's maximum of many numbers drops a NaN on a CPU.
+        mean = jnp.where(jnp.isnan(each).any((-2, -1)), jnp.nan, mean)
+    return mean
 
 
 @functools.partial(jax.jit, inline=True)

@@ -50,12 +50,14 @@ class Rule(NamedTuple):
         that index: ``[..., V]`` by logits, ``[..., 1]`` by numbers.
       sums_on_tpu: ``sums`` in fewer passes over the classes, where there is a way.
       blocks: ``sums`` for blocks of rows, where there is a way.
+      sides: how many of the inputs are logits.
     """
 
     sums: Callable[..., Any]
     partial: Callable[..., Array]
     sums_on_tpu: Callable[..., Any] | None = None
     blocks: Blocks | None = None
+    sides: int = 2
 
 
 def state(near: Array, right: Array | bool = True) -> Array:
@@ -171,16 +173,21 @@ MOST = 2.0**23
 Inputs = tuple[Array, ...]
 
 
-def _logits(inputs: Inputs) -> Inputs:
-    return tuple(each for each in inputs if each.shape == inputs[0].shape)
+def has_mesh_axes(array: ArrayLike) -> bool:
+    """Whether axes of a mesh are in its type, as in shard_map, or where Explicit.
+
+    What a loop starts from would have to be of that type too.
+    """
+    kind = jax.typeof(array)
+    return bool(kind.manual_axis_type.varying or kind.sharding.mesh.explicit_axes)
 
 
 def _widened(inputs: Inputs) -> Inputs:
-    dtype = wide_dtype(*_logits(inputs))
-    return tuple(
-        each.astype(dtype) if jnp.issubdtype(each.dtype, jnp.floating) else each
-        for each in inputs
-    )
+    def is_floating(each: Array) -> bool:
+        return jnp.issubdtype(each.dtype, jnp.floating)
+
+    dtype = wide_dtype(*filter(is_floating, inputs))
+    return tuple(each.astype(dtype) if is_floating(each) else each for each in inputs)
 
 
 # 2 MB in float32: what is made of a block stays in the caches of the cores. Of fewer
@@ -212,7 +219,7 @@ def _evaluated(
     """
     *leading, classes = inputs[0].shape
     # Not in the blocks: a bare reduction is fast by itself.
-    tops = tuple(map(largest, _logits(inputs)))
+    tops = tuple(map(largest, inputs[: rule.sides]))
     with_sums, after_sums = ((), by) if rule.blocks else (by, ())
 
     def at_once(sums: Callable[..., Any], *arrays: Array) -> tuple[Any, list[Array]]:
@@ -231,12 +238,12 @@ def _evaluated(
             places = [len(tops) + index for index in by]
             # Smaller, as there are derivatives in them too.
             return _blocks.in_place(from_tops, size // 2, places, *arrays)
-        first, others = _ways(rule.blocks)
+        first, others = _ways(rule.blocks, rule.sides)
         return _blocks.reduced(first, others, size, *arrays[len(tops) :]), []
 
     ways: dict[str, Callable[..., tuple[Any, list[Array]]]] = {}
     size = _rows_of_block(math.prod(leading), classes)
-    if size and jax.device_count() == 1:
+    if size and jax.device_count() == 1 and not any(map(has_mesh_axes, inputs)):
         ways["cpu"] = functools.partial(in_blocks, size)
     if rule.sums_on_tpu:
         on_tpu = functools.partial(at_once, rule.sums_on_tpu)
@@ -257,12 +264,14 @@ def _largest_of_some(logits: Array) -> Array:
     return jax.lax.stop_gradient(logits[..., :_SOME].max(-1, keepdims=True))
 
 
-def _ways(blocks: Blocks) -> tuple[Callable[..., Any], list[Callable[..., Any]]]:
+def _ways(
+    blocks: Blocks, sides: int
+) -> tuple[Callable[..., Any], list[Callable[..., Any]]]:
     """To the sums of rows, as :func:`kdjax.losses._blocks.reduced` takes them."""
 
     def of_tops(top: Callable[[Array], Array], *rows: Array) -> tuple[Any, Array]:
         wide = _widened(rows)
-        return blocks.sums(tuple(map(top, _logits(wide))), *wide)
+        return blocks.sums(tuple(map(top, wide[:sides])), *wide)
 
     def from_some(*rows: Array) -> tuple[Any, Array]:
         return of_tops(_largest_of_some, *rows)

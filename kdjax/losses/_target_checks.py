@@ -115,7 +115,7 @@ def _used_indices(targets: SparseTargets | SampledTargets) -> np.ndarray | None:
     arrays = targets.indices, targets.log_probs
     if any(isinstance(array, jax.core.Tracer) for array in arrays):
         return None
-    indices, log_probs = map(np.asarray, arrays)
+    indices, log_probs = np.asarray(arrays[0], np.int64), np.asarray(arrays[1])
     used = ~np.isneginf(log_probs.astype(np.float32))
     if (used & (indices < 0)).any():
         raise ValueError(

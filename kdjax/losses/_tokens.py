@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from kdjax.losses import _checks
 from kdjax.losses._kl_core import forward_core
-from kdjax.losses._labels import widened
+from kdjax.losses._labels import integers, widened
 from kdjax.losses._rows import wide_dtype
 from kdjax.types import LinearHead
 
@@ -22,11 +22,11 @@ UNSCORED = -100
 
 def next_token(
     logits: Float[Array, "*batch T V"] | LinearHead,
-    tokens: Int[Array, "*batch T"],
+    tokens: Integer[Array, "*batch T"],
     where: Bool[Array, "*batch T"] | None = None,
     *,
-    segments: Int[Array, "*batch T"] | None = None,
-) -> tuple[Float[Array, "*batch L V"] | LinearHead, Int[Array, "*batch L"]]:
+    segments: Integer[Array, "*batch T"] | None = None,
+) -> tuple[Float[Array, "*batch L V"] | LinearHead, Integer[Array, "*batch L"]]:
     """Puts every position beside the token it is to predict, the next one.
 
     Args:
@@ -62,7 +62,7 @@ def next_token(
     if segments is not None:
         _integers(shape, segments=segments)
 
-    tokens = jnp.asarray(tokens)
+    tokens = integers(tokens)
     scored = jnp.ones(tokens[..., 1:].shape, bool)
     if where is not None:
         scored &= where[..., :-1] & where[..., 1:]
@@ -90,6 +90,7 @@ def _integers(shape: tuple[int, ...], **arrays: Array) -> None:
 
 def _over_chunks(log_probs: Array, chunks: Array, count: int) -> tuple[Array, Array]:
     """Sums and numbers of tokens by chunk, ``[count]``, of a sequence ``[T]``."""
+    chunks = integers(chunks)
     places = jnp.where(chunks < 0, count, chunks)
     # What is in no chunk may be NaN.
     log_probs = jnp.where(chunks < 0, 0, log_probs)
@@ -130,8 +131,8 @@ def _chunk_likelihood(
 def chunk_likelihood(
     student_log_probs: Float[Array, "*batch S"],
     teacher_log_probs: Float[Array, "*batch T"],
-    student_chunks: Int[Array, "*batch S"],
-    teacher_chunks: Int[Array, "*batch T"],
+    student_chunks: Integer[Array, "*batch S"],
+    teacher_chunks: Integer[Array, "*batch T"],
     *,
     chunks: int,
     temperature: float | Array = 100.0,
@@ -194,9 +195,12 @@ def chunk_likelihood(
     _checks.scale((), temperature=temperature)
     sides = {"student_chunks": student_chunks, "teacher_chunks": teacher_chunks}
     for name, ids in sides.items():
-        if not isinstance(ids, jax.core.Tracer) and np.max(ids, initial=-1) >= chunks:
+        if isinstance(ids, jax.core.Tracer):
+            continue
+        largest = np.asarray(ids, np.int64).max(initial=-1)
+        if largest >= chunks:
             raise ValueError(
-                f"{name}: got chunk {np.max(ids)}, expected less than chunks={chunks}."
+                f"{name}: got chunk {largest}, expected less than chunks={chunks}."
             )
     return _chunk_likelihood(
         student_log_probs,

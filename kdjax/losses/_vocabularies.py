@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 from kdjax.losses import _checks
 from kdjax.losses._kl import probabilities
+from kdjax.losses._labels import integers
 from kdjax.losses._rows import as_columns, wide_dtype
 from kdjax.losses._slots import below_top, log_sum, others
 from kdjax.types import AlignedLogits
@@ -39,6 +40,7 @@ def _resized(logits: Array, *, size: int) -> AlignedLogits:
 @functools.partial(jax.jit, inline=True)
 def _mapped(logits: Array, sources: Array) -> AlignedLogits:
     classes = logits.shape[-1]
+    sources = integers(sources)
     kept = jnp.where(sources < 0, classes, sources)
     taken = jnp.take(logits, kept, -1, mode="fill", fill_value=jnp.nan)
     aligned = jnp.where(sources < 0, -jnp.inf, taken)
@@ -48,7 +50,7 @@ def _mapped(logits: Array, sources: Array) -> AlignedLogits:
 def align_vocabulary(
     logits: Float[Array, "*batch V"],
     *,
-    policy: Policy | Int[Array, "size"],
+    policy: Policy | Integer[Array, "size"],
     size: int | None = None,
 ) -> AlignedLogits:
     """Gives logits the classes of another vocabulary, and says what it cost.

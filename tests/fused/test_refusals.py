@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kdjax import fused, losses, objectives
 from kdjax.types import Outputs
@@ -106,3 +107,31 @@ def test_refuses_derivatives_by_what_a_loss_closes_over():
 
     with pytest.raises(jax.errors.UnexpectedTracerError):
         jax.grad(value)(2.0)
+
+
+def test_refuses_meshes_that_loops_cannot_run_in():
+    def value(hidden):
+        student = STUDENT._replace(hidden=hidden)
+        return fused.token_mean(losses.forward_kl, student, TEACHER).value()[None]
+
+    rows = PartitionSpec("data")
+    for kind, told in (
+        (AxisType.Auto, r"student.hidden: varies over \['data'\].*check_vma=False"),
+        (AxisType.Explicit, r"student.hidden: lies on Explicit axes \('data',\)"),
+    ):
+        two = jax.devices()[:2]
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=two)
+        hidden = jax.device_put(STUDENT.hidden, NamedSharding(mesh, rows))
+        inner = value
+        if kind == AxisType.Auto:
+            inner = jax.shard_map(value, mesh=mesh, in_specs=rows, out_specs=rows)
+        with pytest.raises(ValueError, match=told), jax.set_mesh(mesh):
+            inner(hidden)
+
+
+def test_refuses_names_and_numbers_that_are_no_such():
+    refused(TypeError, r"token_axes: got 'data', .*\('data',\)", token_axes="data")
+    many = STUDENT._replace(scale=jnp.ones(8))
+    refused(
+        ValueError, r"student.scale: got shape \(8,\), expected a scalar", student=many
+    )

@@ -324,3 +324,26 @@ def test_published_values(name, dtype):
         expected = ARRAYS[f"{name}/out/grad/{argument}"]
         error = np.abs(np.asarray(gradient[argument], np.float64) - expected).max()
         assert error <= tolerance * np.abs(expected).max()
+
+
+def test_whole_numbers_have_no_derivative_and_no_tokens_no_gradient():
+    student = heads.head(0)._replace(soft_cap=30, scale=2)
+    floating = student._replace(soft_cap=30.0, scale=2.0)
+
+    def gradient(student):
+        def value(hidden, kernel):
+            head = student._replace(hidden=hidden, kernel=kernel)
+            return heads.chunked(losses.forward_kl, head, (heads.head(1),)).value()
+
+        return jax.grad(value, (0, 1))(student.hidden, student.kernel)
+
+    chex.assert_trees_all_equal(gradient(student), gradient(floating))
+    empty = student._replace(hidden=student.hidden[:0])
+
+    def of_none(kernel):
+        head = empty._replace(kernel=kernel)
+        return fused.token_mean(losses.forward_kl, head, empty).value()
+
+    value, by_kernel = jax.value_and_grad(of_none)(student.kernel)
+    assert value == 0
+    assert not by_kernel.any()
