@@ -118,7 +118,11 @@ def files(path: Path) -> list[Document]:
     """
     if not path.exists():
         raise OSError(f"--text: found no {path}; expected a text file or a folder.")
-    found = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    found = [path]
+    if path.is_dir():
+        # Walked, since a path of etils refuses to search folders below.
+        below = (root / name for root, _, names in path.walk() for name in names)
+        found = sorted(each for each in below if each.suffix == ".txt")
     if not found:
         raise OSError(f"--text: {path} has no file *.txt; expected one or more.")
     return [Document(each.stem, _content(each)) for each in found]

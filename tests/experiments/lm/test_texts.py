@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import rdata
+from etils.epath import Path
 
 from experiments.lm.sources import NOVELS, Document, austen, bible, files
 from experiments.lm.texts import passage, split
@@ -72,8 +73,8 @@ def test_files_of_a_folder_are_documents(tmp_path):
     (tmp_path / "a" / "c.txt").write_text("one")
     (tmp_path / "notes.md").write_text("not this")
     found = [Document("c", "one"), Document("b", "zwei\nübel")]
-    assert files(tmp_path) == found
-    assert files(tmp_path / "b.txt") == found[1:]
+    assert files(Path(tmp_path)) == found
+    assert files(Path(tmp_path) / "b.txt") == found[1:]
 
 
 def test_missing_texts_are_refused_with_how_to_get_them(tmp_path):
@@ -82,18 +83,18 @@ def test_missing_texts_are_refused_with_how_to_get_them(tmp_path):
     with pytest.raises(OSError, match=r"dpkg -x .* data"):
         bible(tmp_path)
     with pytest.raises(OSError, match=r"--text: found no .*nowhere"):
-        files(tmp_path / "nowhere")
+        files(Path(tmp_path) / "nowhere")
     with pytest.raises(OSError, match=r"has no file \*\.txt"):
-        files(tmp_path)
+        files(Path(tmp_path))
 
 
 def test_bad_files_are_refused_by_name(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(ValueError, match=r"empty\.txt is empty"):
-        files(tmp_path)
+        files(Path(tmp_path))
     (tmp_path / "empty.txt").write_bytes("schön".encode("latin-1"))
     with pytest.raises(ValueError, match=r"empty\.txt is not in UTF-8 .* byte 3"):
-        files(tmp_path)
+        files(Path(tmp_path))
 
 
 def test_a_broken_package_is_refused(tmp_path):
