@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Literal, TypeAlias
 
@@ -25,12 +26,15 @@ class Tokens:
 
     Args:
       tokenizer: whose tokens are pieces of the text, and nothing but that: it changes
-        no text, and no token depends on what is around.
+        no text.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         # What looks like a special token in a text is text.
         tokenizer.encode_special_tokens = True
+        # Texts are whole here, and rows are cut of them elsewhere.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
         self._tokenizer = tokenizer
         by_token = tokenizer.get_vocab(with_added_tokens=True)
         self.size = 1 + max(by_token.values())
@@ -38,12 +42,12 @@ class Tokens:
         self.bytes: list[bytes] = [b""] * self.size
         """What each token stands for; nothing, if it is a special one."""
         of_byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
-        special = {
-            added.content for added in tokenizer.get_added_tokens_decoder().values()
-        }
+        added = tokenizer.get_added_tokens_decoder()
         for token, index in by_token.items():
-            if token not in special:
+            if index not in added:
                 self.bytes[index] = _bytes(token) if of_byte_level else token.encode()
+            elif not added[index].special:
+                self.bytes[index] = token.encode()
         starts = [by_token[name] for name in _STARTS if name in by_token]
         if not starts:
             raise ValueError(
@@ -57,24 +61,21 @@ class Tokens:
         """The tokens of a text, int32 ``[N]``, without one before it.
 
         Raises:
-          ValueError: it has what no token stands for.
+          ValueError: it has what no token stands for, or the tokenizer changes it.
         """
-        # Line by line, as it was trained, which is fast and takes little memory.
-        lines = text.splitlines(keepends=True)
-        encoded = self._tokenizer.encode_batch_fast(lines, add_special_tokens=False)
-        tokens = [index for line in encoded for index in line.ids]
-        if self.decode(tokens) != text:
-            unknown = sorted(set(text) - set(self.decode(tokens)))
-            raise ValueError(
-                f"text: has {', '.join(map(repr, unknown))}, for which there is no "
-                "token; expected text like that which the tokenizer was made for, or "
-                "bytes."
-            )
-        return np.array(tokens, np.int32)
+        # As a whole: where lines end, tokenizers of others have tokens of their own.
+        (whole,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        decoded = self.decode(whole.ids)
+        if decoded != text:
+            raise _changed(text, decoded)
+        return np.array(whole.ids, np.int32)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of tokens; a part of a character is shown as �."""
-        joined = b"".join(self.bytes[token] for token in tokens)
+        """The text of tokens; a part of a character is shown as �.
+
+        A model may have more tokens than its tokenizer; the others have no text.
+        """
+        joined = b"".join(self.bytes[token] for token in tokens if token < self.size)
         return joined.decode(errors="replace")
 
     @property
@@ -125,18 +126,42 @@ def make(kind: Kind, train: Sequence[str], alphabet: str, size: int) -> Tokens:
         vocabulary = {token: index for index, token in enumerate(known)}
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     if kind != "characters":
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        by_bytes = pre_tokenizers.ByteLevel(
             add_prefix_space=False, use_regex=kind == "bpe"
         )
+        tokenizer.pre_tokenizer = by_bytes
         tokenizer.decoder = decoders.ByteLevel()
     if kind == "bpe":
+        # A line has the same tokens wherever it stands.
+        by_lines = pre_tokenizers.Split("\n", "merged_with_previous")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_lines, by_bytes])
         trainer = trainers.BpeTrainer(
             vocab_size=size - 1, initial_alphabet=known, show_progress=False
         )
-        lines = (line for text in train for line in text.splitlines(keepends=True))
-        tokenizer.train_from_iterator(lines, trainer)
+        tokenizer.train_from_iterator(train, trainer)
     tokenizer.add_special_tokens([START])
     return Tokens(tokenizer)
+
+
+def _changed(text: str, decoded: str) -> ValueError:
+    """Why tokens do not stand for the text, by what they stand for."""
+    unknown = set(text) - set(decoded)
+    if decoded == "".join(each for each in text if each not in unknown):
+        return ValueError(
+            f"text: has {', '.join(map(repr, sorted(unknown)))}, for which there is no "
+            "token; expected text like that which the tokenizer was made for, or bytes."
+        )
+    pairs = enumerate(itertools.zip_longest(text, decoded))
+    place = next(index for index, (ours, theirs) in pairs if ours != theirs)
+    end = place + _SHOWN
+    return ValueError(
+        f"text: has {text[place:end]!a} at character {place}, of which this tokenizer "
+        f"makes {decoded[place:end]!a}; expected a tokenizer that changes no text, "
+        "such as byte pairs without a normalizer."
+    )
+
+
+_SHOWN = 20
 
 
 def _bytes(token: str) -> bytes:

@@ -2,6 +2,16 @@
 
 import numpy as np
 import pytest
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from experiments.lm.tokens import START, Tokens, make
 from experiments.lm.windows import overlapping, packed, paired
@@ -55,6 +65,80 @@ def test_unknown_characters_are_refused_by_name(tokenizers):
     with pytest.raises(ValueError, match="'Z', '€'"):
         tokenizers["characters"].encode("Zoe cost €5")
     assert tokenizers["bpe"].decode(tokenizers["bpe"].encode("Zoe €5")) == "Zoe €5"
+
+
+def of_others():
+    """A tokenizer like Qwen's, whose tokens may go over the ends of lines."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r"\p{L}+| ?[^\s\p{L}]+[\r\n]*|\s+")
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), by_bytes]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["\n\n \n\n" * 9, "the end.\n\nThe end" * 9], trainer)
+    tokenizer.add_special_tokens([START])
+    return tokenizer
+
+
+def test_tokens_of_others_go_over_the_ends_of_lines():
+    text = "the end.\n\nThe \n\nend"
+    expected = of_others().encode(text).tokens
+    assert ".ĊĊ" in expected
+    assert "ĠĊĊ" in expected
+    tokenizer = of_others()
+    encoded = Tokens(tokenizer).encode(text)
+    assert [tokenizer.id_to_token(token) for token in encoded] == expected
+
+
+def test_tokens_made_here_end_where_lines_do(tokenizers):
+    tokens = make("bpe", ["a  \n\nb  \n\n" * 20], "", 280)
+    lines = ["a  \n", "\n", "b  \n", "\n"]
+    assert max(each.count(b"\n") for each in tokens.bytes) == 1
+    np.testing.assert_array_equal(
+        tokens.encode("".join(lines)), np.concatenate([*map(tokens.encode, lines)])
+    )
+
+
+def test_a_file_that_pads_or_cuts_changes_nothing():
+    expected = Tokens(of_others()).encode("the end")
+    padding = of_others()
+    padding.enable_padding(length=50, pad_id=padding.token_to_id(START))
+    cutting = of_others()
+    cutting.enable_truncation(1)
+    for tokenizer in (padding, cutting):
+        np.testing.assert_array_equal(Tokens(tokenizer).encode("the end"), expected)
+
+
+def test_a_model_may_have_more_tokens_than_its_tokenizer(tokenizers):
+    tokens = tokenizers["bytes"]
+    ids = [*tokens.encode("a"), tokens.size, tokens.size + 100, *tokens.encode("b")]
+    assert tokens.decode(ids) == "ab"
+
+
+def test_added_tokens_are_text_unless_they_are_special():
+    tokenizer = of_others()
+    tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    tokens = Tokens(tokenizer)
+    encoded = tokens.encode(f"so <think>{START}")
+    assert tokenizer.token_to_id("<think>") in encoded
+    assert tokens.start not in encoded
+
+
+def test_a_tokenizer_that_changes_the_text_is_refused_with_the_place():
+    composing = of_others()
+    composing.normalizer = normalizers.NFC()
+    told = r"'e\\u0301' at character 3, of which this tokenizer makes '\\xe9'; expected"
+    with pytest.raises(ValueError, match=told):
+        Tokens(composing).encode("cafe\u0301")
+    lower = of_others()
+    lower.normalizer = normalizers.Lowercase()
+    with pytest.raises(ValueError, match=r"'The end' at character 5, .* 'the end'"):
+        Tokens(lower).encode("end. The end")
 
 
 def test_files_that_hold_no_tokenizer_are_refused(tmp_path):
