@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from experiments.jobs.interruption import Sigterm
 from experiments.jobs.networks import fingerprint
-from experiments.jobs.settings import claim
+from experiments.jobs.settings import claim, refuse
 from experiments.jobs.trainings import Job
 from experiments.lm import weights
 from experiments.lm.config import Config
@@ -23,7 +24,7 @@ from experiments.lm.rollouts import Continuation
 from experiments.lm.sources import CORPORA, files
 from experiments.lm.texts import Texts, passage, split
 from experiments.lm.tokens import Tokens, make
-from experiments.lm.windows import packed
+from experiments.lm.windows import packed, paired
 from kdjax import Adapted
 from kdjax.io.input import HostBatch
 
@@ -61,8 +62,10 @@ class Prepared:
         """The text that the student of a seed learns from."""
         return passage(self.texts.train, self.config.characters, seed)
 
-    def rows(self, texts: Sequence[str]) -> HostBatch:
-        """Texts as rows to learn from."""
+    def rows(self, texts: Sequence[str], *, byte_pairs: bool = False) -> HostBatch:
+        """Texts as rows to learn from; of byte pairs, with the teacher's beside them."""
+        if byte_pairs:
+            return paired(texts, self.byte_pairs, self.tokens, self.config.context)
         encoded = [self.tokens.encode(text) for text in texts]
         return packed(encoded, self.tokens.start, self.config.context)
 
@@ -84,6 +87,7 @@ def prepare(config: Config, console: Console, sigterm: Sigterm) -> Prepared:
     else:
         tokens = _loaded_tokenizer(config.teacher)
         decoder, teacher = _loaded(config.teacher)
+    _check_vocabulary(config, tokens, decoder)
     origin = "trained here" if teacher is None else fingerprint(teacher)
     settings = config.settings(origin, texts.fingerprint)
     job = Job(
@@ -96,8 +100,8 @@ def prepare(config: Config, console: Console, sigterm: Sigterm) -> Prepared:
     )
     setup = _setup(config, tokens, decoder)
     prepared = Prepared(config, job, texts, tokens, (), setup, teacher)
-    _check_length(prepared)
     prepared = dataclasses.replace(prepared, methods=_fitting(prepared))
+    _check_length(prepared)
     claim(config.out, settings)
     return prepared
 
@@ -126,6 +130,18 @@ def _loaded(folder: Path) -> tuple[DecoderConfig, Adapted]:
     return decoder, network(decoder)._replace(params=params)
 
 
+def _check_vocabulary(config: Config, tokens: Tokens, teacher: DecoderConfig) -> None:
+    # It may have more: some are rounded up.
+    if teacher.vocabulary < tokens.size:
+        raise ValueError(
+            f"--teacher: got a vocabulary of {teacher.vocabulary} for the "
+            f"{tokens.size} tokens of its {TOKENIZER}; expected at least as many."
+        )
+    if config.top_k > teacher.vocabulary:
+        expected = f"expected 1 to {teacher.vocabulary}, the vocabulary, or 0 for all"
+        refuse(config, "top_k", expected)
+
+
 def _setup(config: Config, tokens: Tokens, teacher: DecoderConfig) -> Setup:
     return Setup(
         student=config.student_decoder(teacher.vocabulary),
@@ -144,14 +160,24 @@ def _setup(config: Config, tokens: Tokens, teacher: DecoderConfig) -> Setup:
 
 
 def _check_length(prepared: Prepared) -> None:
-    """The passage fills at least a row for each device."""
-    rows = len(prepared.rows(prepared.passage(0))["tokens"])
-    if rows < jax.device_count():
-        raise ValueError(
-            f"--characters: got {prepared.config.characters}, which are {rows} row(s) "
-            f"of {prepared.config.context} tokens; expected one for each of the "
-            f"{jax.device_count()} devices at least."
-        )
+    """The passage of every seed fills at least a row for each device."""
+    config, devices = prepared.config, jax.device_count()
+    # All of the text is the same for every seed.
+    seeds = range(config.seeds if config.characters else 1)
+    recipes = [
+        METHODS[run_of(name).method](prepared.setup) for name in prepared.methods
+    ]
+    kinds = {recipe.byte_pairs for recipe in recipes}
+    for byte_pairs, seed in itertools.product(kinds, seeds):
+        given = prepared.rows(prepared.passage(seed), byte_pairs=byte_pairs)
+        rows = len(given["tokens"])
+        if rows < devices:
+            tokens = "byte pairs" if byte_pairs else f"{config.context} tokens"
+            raise ValueError(
+                f"--characters: got {config.characters}, which are {rows} row(s) of "
+                f"{tokens} for seed {seed}; expected one for each of the {devices} "
+                "devices at least."
+            )
 
 
 def _fitting(prepared: Prepared) -> list[str]:

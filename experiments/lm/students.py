@@ -18,7 +18,6 @@ from experiments.lm.model import DecoderConfig, from_layers
 from experiments.lm.networks import network
 from experiments.lm.preparation import Prepared
 from experiments.lm.tokens import Tokens
-from experiments.lm.windows import paired
 from kdjax import Adapted, teachers
 from kdjax.io.input import HostBatch
 from kdjax.types import PyTree
@@ -92,7 +91,7 @@ class Students:
 
         @functools.lru_cache(maxsize=1)
         def rows(seed: int) -> HostBatch:
-            given = self._rows(seed, recipe.byte_pairs)
+            given = prepared.rows(prepared.passage(seed), byte_pairs=recipe.byte_pairs)
             if recipe.rows is None:
                 return given
             return recipe.rows(teacher.params, given, seed)
@@ -121,15 +120,6 @@ class Students:
         if byte_pairs:
             return config.student_decoder(self._prepared.byte_pairs.size)
         return setup.student
-
-    def _rows(self, seed: int, byte_pairs: bool) -> HostBatch:
-        prepared = self._prepared
-        texts = prepared.passage(seed)
-        if not byte_pairs:
-            return prepared.rows(texts)
-        return paired(
-            texts, prepared.byte_pairs, prepared.tokens, prepared.config.context
-        )
 
     def _new_evaluator(self, byte_pairs: bool) -> Evaluator:
         prepared, decoder = self._prepared, self._decoder(byte_pairs)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from experiments.lm.config import Config
 from experiments.lm.evaluation import distinct
 from experiments.lm.main import main
 from experiments.lm.methods import METHODS, chosen, run_of
+from experiments.lm.tokens import make
 
 
 def write_text(path):
@@ -131,6 +133,7 @@ def test_a_trained_teacher_serves_another_job(finished, capsys):
         ("teacher", "nowhere", r"--teacher: .*nowhere.*tokenizer\.json"),
         ("methods", "from_layers", r"from_layers needs a student like the teacher"),
         ("text", "nowhere", "--text: found no nowhere"),
+        ("top-k", "99", r"--top-k: got 99; expected 1 to \d\d, the vocabulary"),
         ("steps", "3", "holds runs with other settings"),
     ],
 )
@@ -140,6 +143,40 @@ def test_refused_before_anything_is_trained(finished, option, value, told, capsy
     given = [each for each in given if not each.startswith(f"--{option}=")]
     assert main([*given, f"--{option}={value}"]) == 2
     assert re.search(told, capsys.readouterr().err, re.DOTALL)
+
+
+def test_a_teacher_with_too_few_tokens_is_refused(finished, tmp_path, capsys):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(finished / "out/teacher", teacher)
+    make("bytes", [], "", 0).write(teacher / "tokenizer.json")
+    assert main(arguments(finished, teacher=teacher)) == 2
+    told = r"--teacher: got a vocabulary of \d\d for the 257 tokens"
+    assert re.search(told, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("letters", "given", "told"),
+    [
+        # Seed 0 draws letters of two bytes, seed 1 those of one.
+        (
+            "one by one " * 180 + "éàèù " * 200,
+            {"tokenizer": "bytes", "characters": 100},
+            r"7 row\(s\) of 16 tokens for seed 1",
+        ),
+        # Here are more byte pairs than characters, and so fewer rows in the end.
+        (
+            "".join(map(chr, range(0x4E00, 0x5400))),
+            {"methods": "alone_bpe", "characters": 107},
+            r"7 row\(s\) of byte pairs for seed 0",
+        ),
+    ],
+)
+def test_passages_of_all_students_are_long_enough(
+    letters, given, told, tmp_path, capsys
+):
+    (tmp_path / "text.txt").write_text(letters)
+    assert main(arguments(tmp_path, seeds=2, vocabulary=300, **given)) == 2
+    assert re.search(told, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
