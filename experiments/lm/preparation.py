@@ -63,7 +63,7 @@ class Prepared:
         return passage(self.texts.train, self.config.characters, seed)
 
     def rows(self, texts: Sequence[str], *, byte_pairs: bool = False) -> HostBatch:
-        """Texts as rows to learn from; of byte pairs, with the teacher's beside them."""
+        """Texts as rows to learn from; byte pairs have the teacher's tokens beside."""
         if byte_pairs:
             return paired(texts, self.byte_pairs, self.tokens, self.config.context)
         encoded = [self.tokens.encode(text) for text in texts]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from experiments.lm.generation import generate
+from experiments.lm.generation import generate, padded_behind
 from experiments.lm.model import DecoderConfig
 from kdjax.types import Batch, PyTree
 
@@ -36,25 +36,38 @@ class Continuation(NamedTuple):
     top_p: float | None = None
 
     def __call__(
-        self, config: DecoderConfig, params: PyTree, tokens: Array, rng: Array
+        self,
+        config: DecoderConfig,
+        params: PyTree,
+        tokens: Array,
+        segments: Array,
+        rng: Array,
     ) -> dict[str, Array]:
         """Rows with the same beginnings.
+
+        Where a text ends in a prompt and another begins, the prompt is what is there
+        of the other.
 
         Args:
           config: of the decoder that goes on.
           params: its parameters.
           tokens: ``[B, T]``, of which the prompts are read.
+          segments: which text each token is of, ``[B, T]``.
           rng: key.
 
         Returns:
           Entries of a batch, ``[B, T]`` each: tokens, segments, and which are scored.
         """
-        rows, length = tokens.shape
+        length = tokens.shape[1]
+        read = segments[:, : self.prompt]
+        prompts, lengths = padded_behind(
+            tokens[:, : self.prompt], read == read[:, -1, None]
+        )
         made = generate(
             config,
             params,
-            tokens[:, : self.prompt],
-            jnp.full(rows, self.prompt),
+            prompts,
+            lengths,
             rng=rng,
             new_tokens=length - self.prompt,
             temperature=self.temperature,
@@ -62,7 +75,7 @@ class Continuation(NamedTuple):
             top_p=self.top_p,
             stop_tokens=(self.stop,),
         )
-        inside = made.mask | (jnp.arange(length) < self.prompt)
+        inside = made.mask | (jnp.arange(length) < lengths[:, None])
         return {
             "tokens": made.tokens,
             # What is behind the end is a segment of its own.

@@ -11,6 +11,7 @@ from jax import Array
 
 from experiments.jobs.trainings import Rollout
 from experiments.lm.methods.setup import Method, Recipe, Setup, of_made
+from experiments.lm.networks import INPUTS
 from experiments.lm.rollouts import SCORED, as_data, in_groups, step_key
 from kdjax import Objective, losses
 from kdjax.io.input import HostBatch
@@ -26,8 +27,8 @@ def _own_texts(setup: Setup, share: float) -> Rollout:
         choose, draw = jax.random.split(step_key(state.rng, state.step))
 
         def own() -> dict[str, Array]:
-            params = state.params["student"]
-            return setup.go_on(setup.student, params, batch["tokens"], draw)
+            params, tokens = state.params["student"], batch["tokens"]
+            return setup.go_on(setup.student, params, tokens, batch["segments"], draw)
 
         if share == 1:
             return {**batch, **own()}
@@ -41,14 +42,16 @@ def _teachers_texts(setup: Setup, prefix: str) -> Callable[..., HostBatch]:
     """Adds how the teacher goes on with every row, made once."""
 
     @jax.jit
-    def made(params: PyTree, tokens: Array, rng: Array) -> dict[str, Array]:
-        return setup.go_on(setup.teacher, params, tokens, rng)
+    def made(
+        params: PyTree, tokens: Array, segments: Array, rng: Array
+    ) -> dict[str, Array]:
+        return setup.go_on(setup.teacher, params, tokens, segments, rng)
 
     def rows(params: PyTree, given: HostBatch, seed: int) -> HostBatch:
         key = jax.random.key(seed)
         groups = [
-            jax.device_get(made(params, tokens, jax.random.fold_in(key, index)))
-            for index, (tokens,) in enumerate(in_groups(given["tokens"]))
+            jax.device_get(made(params, *texts, jax.random.fold_in(key, index)))
+            for index, texts in enumerate(in_groups(*(given[name] for name in INPUTS)))
         ]
         texts = {
             prefix + name: np.concatenate([each[name] for each in groups])
@@ -79,13 +82,12 @@ def _distillm2(setup: Setup) -> Recipe:
 
     def rollout(state: DistillState, frozen: PyTree, batch: Batch) -> Batch:
         key, params = step_key(state.rng, state.step), state.params["student"]
-        own = setup.go_on(setup.student, params, batch["tokens"][1::2], key)
-
-        def in_turns(name: str) -> Array:
-            pairs = jnp.stack([batch[_TEACHERS + name][::2], own[name]], axis=1)
-            return pairs.reshape(-1, *pairs.shape[2:])
-
-        mixed = {name: in_turns(name) for name in own}
+        tokens, segments = (batch[name][1::2] for name in INPUTS)
+        own = setup.go_on(setup.student, params, tokens, segments, key)
+        mixed = {
+            name: batch[_TEACHERS + name].at[1::2].set(made)
+            for name, made in own.items()
+        }
         of_teacher = (jnp.arange(len(mixed["tokens"])) % 2 == 0)[:, None]
         return {
             **batch,

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from experiments.lm.config import Config
+from experiments.lm.generation import generate
 from experiments.lm.methods import ALONE, METHODS, Setup, Unfit
 from experiments.lm.model import from_layers
 from experiments.lm.networks import network
@@ -141,9 +142,11 @@ def test_methods_that_do_not_fit_are_refused():
 
 def test_texts_go_on_from_the_data_and_end_in_padding():
     setup = setup_of()
-    tokens = packed([TOKENS.encode(TEXT)], TOKENS.start, CONFIG.context)["tokens"]
+    rows = packed([TOKENS.encode(TEXT)], TOKENS.start, CONFIG.context)
+    tokens, segments = rows["tokens"], rows["segments"]
     params, key = teacher_network().params, jax.random.key(0)
-    made = jax.jit(functools.partial(CONTINUATION, setup.teacher))(params, tokens, key)
+    go_on = jax.jit(functools.partial(CONTINUATION, setup.teacher))
+    made = go_on(params, tokens, segments, key)
     prompt = CONFIG.prompt
     np.testing.assert_array_equal(made["tokens"][:, :prompt], tokens[:, :prompt])
     assert not made[SCORED][:, :prompt].any()
@@ -155,12 +158,56 @@ def test_texts_go_on_from_the_data_and_end_in_padding():
     assert (np.diff(inside.astype(int), axis=1) <= 0).all()
 
 
+def test_texts_go_on_from_one_text_alone():
+    teacher, params = setup_of().teacher, teacher_network().params
+    likeliest = CONTINUATION._replace(temperature=0.0, stop=TOKENS.size - 1)
+    go_on = jax.jit(functools.partial(likeliest, teacher))
+    text = TOKENS.encode("abcdefg")
+    tokens = np.tile(np.arange(CONFIG.context, dtype=np.int32) % 7, (3, 1))
+    segments = np.ones_like(tokens)
+    # The second and the third row's prompts have the end of a text before this one.
+    for row, before in ((0, 0), (1, 2), (2, CONFIG.prompt - 1)):
+        tokens[row, before] = TOKENS.start
+        tokens[row, before + 1 : CONFIG.prompt] = text[: CONFIG.prompt - before - 1]
+        segments[row, before:] = 2
+    made = go_on(params, tokens, segments, jax.random.key(0))
+    for row, length in enumerate((CONFIG.prompt, CONFIG.prompt - 2, 1)):
+        prompt = np.append(TOKENS.start, text)[:length]
+        alone = generate(
+            teacher, params, prompt[None], np.array([length]), rng=jax.random.key(0),
+            new_tokens=CONFIG.context - CONFIG.prompt, temperature=0.0,
+            stop_tokens=(TOKENS.size - 1,),
+        )  # fmt: skip
+        inside = np.asarray(made["segments"][row]) == 1
+        written = np.append(np.ones(length, bool), np.asarray(alone.mask[0, length:]))
+        np.testing.assert_array_equal(
+            made["tokens"][row][inside], alone.tokens[0][written]
+        )
+        assert not made[SCORED][row, :length].any()
+
+
+def test_teachers_and_students_rows_take_turns_in_odd_batches_too():
+    recipe = METHODS["distillm2"](setup_of())
+    student, (teacher, frozen), batch = prepared(recipe)
+    odd = {name: values[:7] for name, values in batch.items()}
+    state = init_state(
+        student, teacher, recipe.objective, optax.sgd(0.1),
+        frozen=frozen, batch=odd, rng=jax.random.key(0),
+    )  # fmt: skip
+    mixed = jax.jit(recipe.rollout)(state, frozen, odd)
+    assert mixed["tokens"].shape == odd["tokens"].shape
+    np.testing.assert_array_equal(mixed["tokens"][::2], odd["teachers_tokens"][::2])
+    assert mixed["of_teacher"].any(1).tolist() == [True, False] * 3 + [True]
+    assert mixed["of_student"].any(1).tolist() == [False, True] * 3 + [False]
+
+
 def test_data_has_the_same_entries_as_texts():
     batch = {"tokens": jnp.ones((2, 5), int), "segments": jnp.ones((2, 5), int)}
     own = jax.eval_shape(
         functools.partial(CONTINUATION, setup_of().teacher),
         teacher_network().params,
         batch["tokens"],
+        batch["segments"],
         jax.random.key(0),
     )
     data = jax.eval_shape(as_data, batch)
