@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from experiments.lm.model import Cache, DecoderConfig, with_params
@@ -177,16 +178,16 @@ def keep_top_p(logits: Array, top_p: float | Array) -> Array:
     """Sets logits ``[..., V]`` outside of the nucleus to -inf.
 
     It is the smallest set of the likeliest tokens that have at least the probability
-    ``top_p`` together; the likeliest token is always in it.
+    ``top_p`` together; the likeliest token is always in it. With 1 or more it is all.
     """
     indices = jnp.argsort(logits, axis=-1, descending=True)
     values = jnp.take_along_axis(logits, indices, -1)
     probabilities = jax.nn.softmax(values, -1)
     before = jnp.cumsum(probabilities, -1) - probabilities
     first = jnp.arange(logits.shape[-1]) == 0
-    return _placed(
-        jnp.where(first | (before < top_p), values, -jnp.inf), indices, logits
-    )
+    # Rounded, the sum may be 1 before the last tokens.
+    kept = first | (before < top_p) | (jnp.asarray(top_p) >= 1)
+    return _placed(jnp.where(kept, values, -jnp.inf), indices, logits)
 
 
 def _placed(values: Array, indices: Array, logits: Array) -> Array:
@@ -229,18 +230,27 @@ def _check(
         )
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"lengths: got {lengths.dtype}; expected integers.")
+    if not isinstance(lengths, jax.core.Tracer):
+        width, given = prompts.shape[1], np.asarray(lengths)
+        wrong = given[(given < 1) | (given > width)].tolist()
+        if wrong:
+            raise ValueError(f"lengths: got {wrong}; expected 1 to {width}.")
     if new_tokens < 1:
         raise ValueError(f"new_tokens: got {new_tokens}; expected at least 1.")
-    if isinstance(temperature, (int, float)) and not temperature >= 0:
+    if isinstance(temperature, _NUMBERS) and not temperature >= 0:
         raise ValueError(f"temperature: got {temperature}; expected 0 or more.")
     if top_k is not None and not 1 <= top_k <= config.vocabulary:
         raise ValueError(
             f"top_k: got {top_k}; expected 1 to {config.vocabulary}, the vocabulary."
         )
-    if isinstance(top_p, (int, float)) and not 0 < top_p <= 1:
+    if isinstance(top_p, _NUMBERS) and not 0 < top_p <= 1:
         raise ValueError(f"top_p: got {top_p}; expected more than 0 and at most 1.")
     beyond = [each for each in stop_tokens if not 0 <= each < config.vocabulary]
     if beyond:
         raise ValueError(
             f"stop_tokens: got {beyond}; expected tokens below {config.vocabulary}."
         )
+
+
+# What is known while a step is compiled.
+_NUMBERS = (int, float, np.integer, np.floating)

@@ -227,6 +227,13 @@ def test_top_p_passes_over_what_top_k_left_out():
     np.testing.assert_array_equal(keep_top_p(logits, 1.0), logits)
 
 
+@pytest.mark.parametrize("top_p", [1, 1.0, np.float32(1), jnp.array(1.0)])
+def test_top_p_of_one_keeps_what_rounding_leaves_nothing_for(top_p):
+    # The first has all of the probability, in float32.
+    logits = jnp.array([40.0, 1.0, 0.0])
+    np.testing.assert_array_equal(keep_top_p(logits, top_p), logits)
+
+
 def test_one_compilation_for_many_settings():
     def run(seed, temperature, top_p, lengths):
         options = {"new_tokens": 2, "temperature": temperature, "top_p": top_p}
@@ -285,11 +292,16 @@ def test_a_mesh_changes_nothing_and_gathers_no_cache():
         (TypeError, "lengths: got float", {"lengths": LENGTHS.astype(np.float32)}),
         (ValueError, r"prompts: got shape \(4,\)", {"prompts": PROMPTS[0]}),
         (ValueError, "new_tokens: got 0", {"new_tokens": 0}),
+        (ValueError, r"lengths: got \[0.* expected 1 to 4", {"lengths": 0 * LENGTHS}),
+        (ValueError, r"lengths: got \[5, 5\]", {"lengths": jnp.array([5, 1, 5])}),
         (ValueError, "temperature: got -0.5", {"temperature": -0.5}),
+        (ValueError, "temperature: got -0.5", {"temperature": np.float32(-0.5)}),
+        (ValueError, "temperature: got -1", {"temperature": np.int32(-1)}),
         (ValueError, "top_k: got 12; expected 1 to 11", {"top_k": 12}),
         (ValueError, "top_k: got 0", {"top_k": 0}),
         (ValueError, "top_p: got 0.0", {"top_p": 0.0}),
         (ValueError, "top_p: got 1.5", {"top_p": 1.5}),
+        (ValueError, "top_p: got 1.5", {"top_p": np.float32(1.5)}),
         (ValueError, r"stop_tokens: got \[11\]", {"stop_tokens": (3, 11)}),
     ],
 )  # fmt: skip
