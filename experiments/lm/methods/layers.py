@@ -70,10 +70,18 @@ def _from_layers(setup: Setup) -> Recipe:
     shortened = dataclasses.replace(
         setup.teacher, layers=ours.layers, unroll=ours.unroll
     )
-    if ours != shortened:
+    names = [field.name for field in dataclasses.fields(ours)]
+    differing = [
+        f"{name} is {getattr(ours, name)}, the teacher's {getattr(shortened, name)}"
+        for name in names
+        if getattr(ours, name) != getattr(shortened, name)
+    ]
+    if differing:
         raise Unfit(
             "from_layers needs a student like the teacher but for the layers; "
-            f"--width {setup.teacher.width}."
+            f"{'; '.join(differing)}. Options set --width and --heads alone: a student "
+            "has as many key_value_heads as heads, a head_width of width / heads, an "
+            "mlp_width of 3 * width, and the rest is fixed."
         )
     return Recipe(soft(setup), layers=[theirs for _, theirs in pairs])
 

@@ -15,6 +15,7 @@ from experiments.lm.methods import ALONE, METHODS, Setup, Unfit
 from experiments.lm.model import from_layers
 from experiments.lm.networks import network
 from experiments.lm.rollouts import SCORED, Continuation, as_data
+from experiments.lm.rotary import RopeScaling
 from experiments.lm.tokens import make
 from experiments.lm.windows import packed, paired
 from kdjax import make_train_step, teachers
@@ -130,8 +131,15 @@ def test_a_student_with_the_teachers_layers_starts_closer():
 def test_methods_that_do_not_fit_are_refused():
     student = CONFIG.student_decoder(TOKENS.size)
     wider = dataclasses.replace(student, width=32)
-    with pytest.raises(Unfit, match="--width 32"):
+    with pytest.raises(Unfit, match=r"; width is 16, the teacher's 32\. Options"):
         METHODS["from_layers"](setup_of(teacher=wider))
+    scaled = RopeScaling(32.0, 1.0, 4.0, 8192)
+    other = dataclasses.replace(student, tied=True, rope_scaling=scaled)
+    told = (
+        r"rope_scaling is None, .* RopeScaling\(.*; tied is False, the teacher's True"
+    )
+    with pytest.raises(Unfit, match=told):
+        METHODS["from_layers"](setup_of(teacher=other))
     deeper = Config(layers=3, width=16, heads=2).student_decoder(TOKENS.size)
     with pytest.raises(Unfit, match="hidden needs a teacher with as many layers"):
         METHODS["hidden"](setup_of(student=deeper))
