@@ -60,6 +60,8 @@ def _claim(out: Path, settings: Mapping[str, Any]) -> None:
         if not path.exists():
             write_whole(path, json.dumps(settings, indent=2))
         there = json.loads(path.read_text())
+        if not isinstance(there, dict):
+            raise ValueError(f"{path.name} holds a {type(there).__name__}")
     except (OSError, ValueError) as error:
         raise OSError(
             f"--out: cannot use {out} ({error}); expected a folder, there or to be "

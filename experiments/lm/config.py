@@ -130,7 +130,7 @@ class Config:
                 refuse(
                     self, name, f"expected a multiple of 2 * heads, {2 * self.heads}"
                 )
-        if not chosen(self.methods)[1:] and ALONE not in self.methods:
+        if not chosen(self.methods)[1:] and ALONE not in ",".join(self.methods):
             refuse(self, "methods", f"expected some of {', '.join(METHODS)}")
 
     def student_decoder(self, vocabulary: int) -> DecoderConfig:

@@ -14,6 +14,10 @@ SHORTEST = 1000
 """Characters that a text must have."""
 
 
+_FIFTIETH = 50
+"""The part of what is not the test part that validates."""
+
+
 class Texts(NamedTuple):
     """Documents in three parts.
 
@@ -53,7 +57,14 @@ def split(documents: Sequence[Document]) -> Texts:
     test: list[str] = []
     while len(texts) > 1 and sum(map(len, test)) < total // 10:
         test.insert(0, texts.pop())
-    train, validation = _without_end(texts, sum(map(len, texts)) // 50)
+    left = sum(map(len, texts))
+    if left < _FIFTIETH:
+        raise ValueError(
+            f"--text: got {left} characters without the last documents, which are the "
+            f"test part; expected at least {_FIFTIETH}, so that the validation part "
+            "has one."
+        )
+    train, validation = _without_end(texts, left // _FIFTIETH)
     return Texts(train, validation, test, f"texts {checksum:08x}")
 
 

@@ -154,6 +154,14 @@ def test_a_teacher_with_too_few_tokens_is_refused(finished, tmp_path, capsys):
     assert re.search(told, capsys.readouterr().err)
 
 
+def test_a_folder_with_other_contents_is_refused(tmp_path, capsys):
+    write_text(tmp_path / "text.txt")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/settings.json").write_text("[]")
+    assert main(arguments(tmp_path)) == 2
+    assert "--out: cannot use" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("letters", "given", "told"),
     [
@@ -188,6 +196,7 @@ def test_passages_of_all_students_are_long_enough(
         ("width", "30", "multiple of 2 * heads"),
         ("vocabulary", "100", "at least 300"),
         ("methods", "distill", "forward_kl"),
+        ("methods", ",", "expected some of alone"),
         ("tokenizer", "words", "bpe"),
     ],
 )
@@ -219,6 +228,11 @@ def test_names_of_methods():
     for name in ("gkd:", "gkd:0", "gkd:x", "nothing"):
         with pytest.raises(ValueError, match=r"--methods: .*alone:4"):
             chosen([name])
+
+
+@pytest.mark.parametrize("names", [["alone"], ["alone,alone"], ["alone", "alone"]])
+def test_the_baseline_may_be_asked_for_once_or_more_often(names):
+    assert chosen(Config(methods=names).methods) == ["alone"]
 
 
 def test_distinct_pairs_of_words():

@@ -136,6 +136,12 @@ def test_too_little_text_is_refused():
         split(documents(30))
 
 
+def test_too_little_before_the_test_part_is_refused():
+    with pytest.raises(ValueError, match=r"got 49 characters without .* at least 50"):
+        split(documents(49, 2000))
+    assert split(documents(50, 2000)).validation == ["a"]
+
+
 def test_other_texts_have_another_fingerprint():
     first, same, other = (
         split(documents(*lengths)).fingerprint
