@@ -40,7 +40,11 @@ def params_of(config):
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     shapes = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
     draw = functools.partial(np.random.default_rng(1).normal, 0, 0.5)
-    return jax.tree.map(lambda leaf: jnp.asarray(draw(leaf.shape), leaf.dtype), shapes)
+    # Kept for later, they must be arrays also where they are asked for in a trace.
+    with jax.ensure_compile_time_eval():
+        return jax.tree.map(
+            lambda leaf: jnp.asarray(draw(leaf.shape), leaf.dtype), shapes
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)
