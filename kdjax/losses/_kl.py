@@ -284,9 +284,13 @@ def _interpolated_core(
     student, teacher = (each.astype(inverse.dtype) for each in (student, teacher))
     # -inf times a weight of 0 is NaN; this is as good as -inf and stays a number.
     own = jax.lax.stop_gradient(jnp.maximum(student, -1e30))
-    target = own + progress * (jnp.maximum(teacher, -1e30) - own)
+    teacher = jnp.maximum(teacher, -1e30)
+    target = own + progress * (teacher - own)
+    # From there nothing would be left of the teacher's at progress 1.
+    missing = (1 - progress) * own + progress * teacher
+    target = jnp.where(own > -1e30, target, missing)
     # Where neither side has the class, nor has the target.
-    out = jnp.isneginf(student) & jnp.isneginf(teacher)
+    out = jnp.isneginf(student) & (teacher == -1e30)
     return forward_core(student, jnp.where(out, -jnp.inf, target), inverse)
 
 

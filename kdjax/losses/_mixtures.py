@@ -42,8 +42,9 @@ def _log_mixed(weight: Array, rest: Array, x: Array) -> Array:
     change = weight * less_one
     near = change > -0.5
     inner = log1p_near(jnp.where(near, change, 0))
-    # Where the change eats up nearly all of the one, the sum is the exact form.
-    return jnp.where(near, inner, jnp.log(weight * power + rest))
+    # Where the change eats up nearly all of the one, the sum is the exact form. It is
+    # at least exp(x), which alone is left, and may underflow, where the rest is 0.
+    return jnp.where(near, inner, jnp.maximum(jnp.log(weight * power + rest), x))
 
 
 def _js_terms(pair: Pair, beta: Array) -> Totals:
@@ -133,11 +134,18 @@ def _skew_scores(pair: Pair, skew: Array) -> tuple[Array, Array]:
     is mostly like that the first would be a difference of two nearly equal numbers.
     """
     log_p, _ = _logs_to_mixture(pair.x, skew)
-    near = log_p - skew * jnp.expm1(log_p)
+    near = log_p - skew * jnp.expm1(jnp.where(skew == 0, 0, log_p))
     # exp is cut where it would overflow; odds are beyond counting there.
     odds = (1 - skew) / jnp.where(skew > 0, skew, 1)
     odds *= jnp.exp(jnp.minimum(-pair.x, 80))
     return near, odds / (1 + odds) - jnp.log1p(odds)
+
+
+def _pull(pair: Pair, log_p: Array, skew: Array) -> Array:
+    """``q (p/m - 1)``: p - q at skew 0, where p/m is unbounded, and 0 at skew 1."""
+    inside = (skew > 0) & (skew < 1)
+    pull = pair.q * jnp.expm1(jnp.where(inside, log_p, 0))
+    return jnp.where(skew == 0, -pair.gap, pull)
 
 
 def _skew_terms(pair: Pair, skew: Array) -> Totals:
@@ -148,7 +156,7 @@ def _skew_terms(pair: Pair, skew: Array) -> Totals:
     )
     return (
         excess(pair.p, _mixture(pair, skew), log_p),
-        pair.q * jnp.expm1(log_p),
+        _pull(pair, log_p, skew),
         near,
         far,
     )
@@ -156,8 +164,7 @@ def _skew_terms(pair: Pair, skew: Array) -> Totals:
 
 def _skew_student(pair: Pair, totals: Totals, skew: Array) -> Array:
     log_p, _ = _logs_to_mixture(pair.x, skew)
-    slope = (1 - skew) * pair.q * (totals[1] - jnp.expm1(log_p))
-    return jnp.where(pair.q == 0, 0, slope)
+    return (1 - skew) * (pair.q * totals[1] - _pull(pair, log_p, skew))
 
 
 def _skew_teacher(pair: Pair, totals: Totals, skew: Array) -> Array:

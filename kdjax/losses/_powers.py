@@ -19,7 +19,7 @@ from kdjax.losses._pairs import (
     rule,
     softened,
 )
-from kdjax.losses._rows import by_rows
+from kdjax.losses._rows import by_rows, largest
 
 
 def _variation_terms(pair: Pair) -> Totals:
@@ -88,7 +88,8 @@ def _decay(rate: Array, u: Array) -> Array:
     z = rate * u
     small = jnp.abs(z) < 1e-6
     safe = jnp.where(small, 1, rate)
-    return jnp.where(small, u, -jnp.expm1(-jnp.where(small, 0, z)) / safe)
+    # To second order, for the derivative by the rate.
+    return jnp.where(small, u - z * u / 2, -jnp.expm1(-jnp.where(small, 0, z)) / safe)
 
 
 def _curvature(z: Array) -> Array:
@@ -110,7 +111,7 @@ def _by_size(pair: Pair, alpha: Array, beta: Array) -> tuple[Array, ...]:
     above = pair.x >= 0
     base = jnp.maximum(pair.p, pair.q)
     power = jnp.where(base == 0, 0, jnp.where(base == 0, 1, base) ** (alpha + beta))
-    # Beyond this |x|, and at infinity, nothing changes any more.
+    # Beyond this |x| nothing changes any more, but for what is infinite at infinity.
     u = jnp.minimum(jnp.abs(pair.x), 1e6)
     own, other = jnp.where(above, alpha, beta), jnp.where(above, beta, alpha)
     return power, u, own, other
@@ -128,6 +129,8 @@ def _alpha_beta_terms(pair: Pair, alpha: Array, beta: Array) -> Totals:
     )
     quotient = (_decay(other, u) - _decay(alpha + beta, u)) / jnp.where(close, 1, own)
     value = power * jnp.where(close, near**2 * mean, quotient)
+    endless = jnp.isinf(pair.x) & (other <= 0) & (power > 0)
+    value = jnp.where(power == 0, 0, jnp.where(endless, jnp.inf, value))
     student, teacher = _alpha_beta_slopes(pair, alpha, beta)
     return value, student, teacher
 
@@ -135,15 +138,25 @@ def _alpha_beta_terms(pair: Pair, alpha: Array, beta: Array) -> Totals:
 def _alpha_beta_slopes(pair: Pair, alpha: Array, beta: Array) -> tuple[Array, Array]:
     """q dF/dq and p dF/dp of each summand F."""
     power, u, own, other = _by_size(pair, alpha, beta)
-    larger = power * _decay(other, u)
-    smaller = -power * jnp.exp(-other * u) * _decay(own, u)
+    larger = _decay(other, u)
+    # An exponent below 0 grows; it is put together with the one that outweighs it.
+    grows = own * u < -1
+    steady = jnp.exp(-other * u) * _decay(own, jnp.where(grows, 0, u))
+    apart = jnp.exp(-other * u) - jnp.exp(-(alpha + beta) * u)
+    smaller = -jnp.where(grows, apart / jnp.where(grows, own, 1), steady)
+    # Where both probabilities are 0, nothing is to be moved.
+    larger, smaller = (
+        jnp.where(power == 0, 0, power * slope) for slope in (larger, smaller)
+    )
     above = pair.x >= 0
     return jnp.where(above, smaller, larger), jnp.where(above, larger, smaller)
 
 
-def _balanced(slope: Array, weight: Array, total: Array) -> Array:
+def _balanced(slope: Array, weight: Array, total: Array, value: Array) -> Array:
     """``slope - weight * total``, 0 where :func:`~kdjax.losses._pairs.centred` is."""
-    return jnp.where((weight == 0) | jnp.isinf(total), 0, slope - weight * total)
+    # Slopes of an infinite value may be infinite both ways.
+    endless = jnp.isinf(total) | (jnp.isnan(total) & jnp.isinf(value))
+    return jnp.where((weight == 0) | endless, 0, slope - weight * total)
 
 
 _alpha_beta_core = by_rows(
@@ -152,10 +165,10 @@ _alpha_beta_core = by_rows(
             terms=_alpha_beta_terms,
             value=lambda totals: totals[0],
             student=lambda pair, totals, alpha, beta: _balanced(
-                _alpha_beta_slopes(pair, alpha, beta)[0], pair.q, totals[1]
+                _alpha_beta_slopes(pair, alpha, beta)[0], pair.q, totals[1], totals[0]
             ),
             teacher=lambda pair, totals, alpha, beta: _balanced(
-                _alpha_beta_slopes(pair, alpha, beta)[1], pair.p, totals[2]
+                _alpha_beta_slopes(pair, alpha, beta)[1], pair.p, totals[2], totals[0]
             ),
         )
     )
@@ -223,10 +236,14 @@ def alpha_beta(
 def _renyi_core(student: Array, teacher: Array, inverse: Array, order: Array) -> Array:
     row_order = order[..., 0] if order.ndim else order
     # A side without a class has no distribution; both as if uniform give 0.
-    top = jnp.minimum(student.max(-1, keepdims=True), teacher.max(-1, keepdims=True))
-    empty = jnp.isneginf(top)
-    student, teacher = (jnp.where(empty, 0, logits) for logits in (student, teacher))
-    q, p = (jnp.maximum(logits, -1e30) * inverse for logits in (student, teacher))
+    sides = student, teacher
+    gone = [jnp.isneginf(logits).all(-1, keepdims=True) for logits in sides]
+    student, teacher = (jnp.where(gone[0] | gone[1], 0, logits) for logits in sides)
+    # Below the top first: a common offset would take digits with it.
+    q, p = (
+        jnp.maximum(logits - largest(logits), -1e30) * inverse
+        for logits in (student, teacher)
+    )
     log_sum = (
         jax.nn.logsumexp(order * p + (1 - order) * q, axis=-1)
         - row_order * jax.nn.logsumexp(p, axis=-1)

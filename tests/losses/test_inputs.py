@@ -1,5 +1,7 @@
 """Inputs that are legal and rare: narrow integers, one class, no class, meshes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,3 +169,76 @@ def test_numbers_that_would_broadcast_are_refused():
         )
     with pytest.raises(ValueError, match=r"instance_weight: got shape \(4,\)"):
         losses.multi_level_relation(jnp.eye(4), jnp.eye(4), instance_weight=jnp.ones(4))
+
+
+FAR = [0.0, -90.0, 1e4, -1e4, -jnp.inf]
+
+
+@pytest.mark.parametrize(
+    ("skewed", "plain"), [("skew_kl", "forward_kl"), ("skew_reverse_kl", "reverse_kl")]
+)
+@pytest.mark.parametrize("far", FAR)
+def test_without_skew_it_is_the_divergence(skewed, plain, far):
+    sides = jnp.array([[0.0, far], [0.0, 0.3]])
+    for pair in (sides, sides[::-1]):
+        expected = jax.value_and_grad(getattr(losses, plain))(*pair)
+        got = jax.value_and_grad(getattr(losses, skewed))(*pair, skew=0.0)
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("far", FAR)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        functools.partial(losses.skew_kl, skew=1.0),
+        functools.partial(losses.skew_reverse_kl, skew=1.0),
+        functools.partial(losses.alpha_beta, alpha=-0.5, beta=1.5),
+        functools.partial(losses.alpha_beta, alpha=1.5, beta=-0.5),
+        functools.partial(losses.alpha_beta, alpha=1.0, beta=0.0),
+        functools.partial(losses.renyi, order=1.5),
+    ],
+    ids=["skew", "skew reverse", "alpha < 0", "beta < 0", "KL", "renyi"],
+)
+def test_no_gradient_is_nan_far_apart(loss, far):
+    rows = jnp.array([[0.0, far, 0.2], [0.1, 0.3, 0.0]])
+
+    def both(rows):
+        return loss(rows[0], rows[1]) + loss(rows[1], rows[0])
+
+    value, gradient = jax.value_and_grad(both)(rows)
+    assert not np.isnan(value)
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+    ("of", "limit"),
+    [
+        (lambda a, b, z: losses.alpha_beta(a, b, alpha=1.0, beta=z), 0.0),
+        (lambda a, b, z: losses.alpha_beta(a, b, alpha=z, beta=1.0), 0.0),
+        (lambda a, b, z: losses.alpha_beta(a, b, alpha=0.5, beta=z), -0.5),
+        (lambda a, b, z: losses.renyi(a, b, order=z), 1.0),
+    ],
+)
+def test_derivatives_by_a_number_are_continuous_at_a_limit(of, limit):
+    a, b = jnp.array([2.0, -1.0, 4.0, 0.0]), jnp.array([-2.0, 1.4, 0.6, 6.0])
+    slope = jax.grad(lambda z: of(a, b, z))
+    around = (slope(limit - 1e-3) + slope(limit + 1e-3)) / 2
+    np.testing.assert_allclose(slope(limit), around, rtol=1e-3)
+
+
+def test_what_is_infinite_for_the_divergence_is_so_at_the_limit():
+    student = jnp.array([-jnp.inf, 0.0])
+    assert losses.alpha_beta(student, jnp.zeros(2), alpha=1.0, beta=0.0) == jnp.inf
+    target = jnp.full(2, 200.0)
+    assert losses.interpolated_teacher_kl(student, target, progress=1.0) == jnp.inf
+
+
+def test_renyi_sees_a_row_of_nans_and_no_offset():
+    gone = jnp.full((1, 32_000), jnp.nan)
+    assert np.isnan(losses.renyi(gone, jnp.zeros((1, 32_000)), order=2.0)).all()
+    # Multiples of 1/8, so that the offset rounds nothing.
+    sides = [jnp.round(8 * logits(1000, seed=seed)) / 8 for seed in (0, 1)]
+    expected = losses.renyi(*sides, order=2.0)
+    moved = losses.renyi(*(side + 1e4 for side in sides), order=2.0)
+    np.testing.assert_allclose(moved, expected, rtol=1e-6)
