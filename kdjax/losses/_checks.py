@@ -16,10 +16,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from kdjax.types import LinearHead
+
+
+def dtype_of(name: str, array: ArrayLike) -> np.dtype:
+    """That of an array, or of a number; refuses lists, trees and ``None``."""
+    if isinstance(array, LinearHead):
+        raise TypeError(
+            f"{name}: got a LinearHead, expected an array: its .logits(), or "
+            "kdjax.fused.token_mean of this loss."
+        )
+    try:
+        # To JAX, None is a float.
+        return jnp.result_type(array if array is not None else "None")
+    except TypeError:
+        raise TypeError(
+            f"{name}: got {type(array).__name__}, expected an array."
+        ) from None
+
 
 def _floating(kind: str, **arrays: ArrayLike) -> None:
     for name, array in arrays.items():
-        dtype = jnp.result_type(array)
+        dtype = dtype_of(name, array)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"{name}: got dtype {dtype}, expected floating-point {kind}."
@@ -153,11 +171,9 @@ def softened(
 def boolean(shape: tuple[int, ...], **masks: ArrayLike) -> None:
     """Every mask is boolean and of the given shape."""
     for name, mask in masks.items():
-        if jnp.result_type(mask) != jnp.bool_:
-            raise TypeError(
-                f"{name}: got dtype {jnp.result_type(mask)}, expected bool "
-                "(True counts)."
-            )
+        dtype = dtype_of(name, mask)
+        if dtype != jnp.bool_:
+            raise TypeError(f"{name}: got dtype {dtype}, expected bool (True counts).")
         if np.shape(mask) != shape:
             raise ValueError(
                 f"{name}: got shape {np.shape(mask)}, expected {shape}, the shape of "
@@ -214,7 +230,8 @@ def labels(labels: ArrayLike, logits: ArrayLike) -> None:
     The values are looked at only where they are concrete. Under jit a label that is
     too large makes the loss NaN instead.
     """
-    dtype, shape, batch = jnp.result_type(labels), np.shape(labels), np.shape(logits)
+    dtype = dtype_of("labels", labels)
+    shape, batch = np.shape(labels), np.shape(logits)
     one_hot = "one-hot or soft labels? Take labels.argmax(-1), or soft_cross_entropy."
     if not jnp.issubdtype(dtype, jnp.integer):
         hint = one_hot if shape == batch else "Cast them to int32."

@@ -217,7 +217,8 @@ def _adaptive_core(
     tail_gap = jnp.where(tail, difference, 0).sum(-1)
     total = head_gap + tail_gap
     share = jnp.where(total == 0, 0.5, head_gap / jnp.where(total == 0, 1, total))
-    return _symmetric_core(student, teacher, inverse, 1 - share[..., None])
+    share = jax.lax.stop_gradient(share)[..., None]
+    return _symmetric_core(student, teacher, inverse, 1 - share)
 
 
 def probabilities(logits: Array, inverse: Array) -> Array:

@@ -103,7 +103,13 @@ def _sampled_reverse_kl(
     student: Array, teacher: Array, *, estimator: Callable[[Array], Array]
 ) -> Array:
     log_ratio, missing = _log_ratio(student, teacher)
-    return jnp.where(missing, jnp.inf, estimator(log_ratio))
+    estimated = estimator(log_ratio)
+    if estimated.shape != log_ratio.shape:
+        raise ValueError(
+            f"estimator: got shape {estimated.shape} for log ratios "
+            f"{log_ratio.shape}; expected one value each."
+        )
+    return jnp.where(missing, jnp.inf, estimated)
 
 
 def sampled_reverse_kl(
@@ -130,7 +136,7 @@ def sampled_reverse_kl(
       teacher alone has.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or the estimator gives another.
       TypeError: log-probabilities that are not floating.
 
     Example:

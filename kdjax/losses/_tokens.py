@@ -78,7 +78,7 @@ def next_token(
 def _integers(shape: tuple[int, ...], **arrays: Array) -> None:
     """Every array holds integers, one for each position."""
     for name, array in arrays.items():
-        dtype = jnp.result_type(array)
+        dtype = _checks.dtype_of(name, array)
         if not jnp.issubdtype(dtype, jnp.integer):
             raise TypeError(f"{name}: got dtype {dtype}, expected integers.")
         if jnp.shape(array) != shape:

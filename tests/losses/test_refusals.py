@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kdjax import losses
+from kdjax import LinearHead, losses
 from tests.losses.cases import LOGITS, sample, select
 
 STUDENT, TEACHER = jnp.zeros((2, 3)), jnp.ones((2, 3))
@@ -160,3 +160,35 @@ def test_refuses_margins():
         losses.pairwise_hinge(STUDENT, TEACHER, margin=float("inf"))
     with pytest.raises(ValueError, match=r"margin: got shape \(2,\)"):
         losses.pairwise_hinge(STUDENT, TEACHER, margin=jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([1.0, 2.0], "got list, expected an array"),
+        (None, "got NoneType, expected an array"),
+        (LinearHead(STUDENT, STUDENT.T), r"got a LinearHead.*token_mean"),
+    ],
+)
+def test_refuses_what_is_no_array_by_name(given, told):
+    with pytest.raises(TypeError, match=f"teacher_logits: {told}"):
+        losses.forward_kl(STUDENT, given)
+    with pytest.raises(TypeError, match=f"labels: {told}"):
+        losses.cross_entropy(STUDENT, given)
+
+
+def test_refuses_what_bounded_regression_cannot_compare():
+    boxes = jnp.zeros((3, 4))
+    told = "targets: got dtype int32, expected floating-point numbers"
+    with pytest.raises(TypeError, match=told):
+        losses.bounded_regression(boxes, boxes, boxes.astype(jnp.int32), margin=0.0)
+    told = r"targets \(3, 1\): expected one shape \[\.\.\., D\]"
+    with pytest.raises(ValueError, match=told):
+        losses.bounded_regression(boxes, boxes, boxes[:, :1], margin=0.0)
+
+
+def test_refuses_estimators_that_reduce():
+    with pytest.raises(ValueError, match=r"estimator: got shape \(\) for log ratios"):
+        losses.sampled_reverse_kl(
+            STUDENT[0], TEACHER[0], estimator=lambda log_ratio: log_ratio.mean()
+        )
