@@ -25,7 +25,8 @@ def token_map(
     then all that exists of them. What is drawn at random takes a key for each token,
     so that it is the same for every size of a chunk.
 
-    Under a mesh it runs as :func:`token_mean` does, each device with its own tokens.
+    Under a mesh it runs as :func:`token_mean` does, each device with its own tokens;
+    like that one, it belongs within ``jax.jit``.
 
     Args:
       function: ``function(logits, *per_token_args)`` for logits ``[n, V]`` of any

@@ -36,7 +36,8 @@ def token_mean(
     device goes through its own tokens. The other axes of the mesh are left to the
     compiler, so that the kernels' classes may be split over one; each device's chunk
     then has its part of the logits alone. Where tokens lie on several devices without
-    such a mesh, they would all be gathered.
+    such a mesh, they would all be gathered. Call it within ``jax.jit``, as a training
+    step does: outside, every call compiles anew.
 
     Args:
       loss: ``loss(student_logits, teacher_logits, *per_token_args) -> [n]`` for logits
@@ -61,10 +62,11 @@ def token_mean(
       over cannot be differentiated.
 
     Raises:
-      ValueError: shapes do not fit, ``chunk_size`` is below 1, or the loss gives
-        anything but one value per token.
-      TypeError: ``student`` is no :class:`~kdjax.types.LinearHead`, or a dtype is
-        wrong. JAX raises it for forward-mode derivatives: there are reverse ones only.
+      ValueError: shapes do not fit, ``chunk_size`` is below 1, the loss gives anything
+        but one value per token, or arrays lie on Explicit axes of a mesh or in a
+        ``shard_map`` that checks its axes (``check_vma``).
+      TypeError: ``student`` is no :class:`~kdjax.types.LinearHead`, ``token_axes`` is
+        a string, or a dtype is wrong. JAX raises it for forward-mode derivatives: there are reverse ones only.
         Second ones are right, but keep all logits.
 
     Example:
