@@ -240,7 +240,7 @@ def test_methods_that_do_not_fit_are_refused(pair):
     with pytest.raises(Unfit, match="dkd reads one label"):
         objective("dkd", setup_of(*pair, mixup=True))
     dense = network("mlp", SHAPE, CLASSES, STATISTICS, seed=0)
-    for name in ("at", "nst", "cwd"):
+    for name in ("at", "nst", "ft", "cwd"):
         with pytest.raises(Unfit, match=f"{name} compares .* those of mlp and cnn"):
             objective(name, setup_of(dense, pair[1]))
 

@@ -160,6 +160,7 @@ def _masked(setup: Setup) -> Objective:
 
 
 def _factors(setup: Setup) -> Objective:
+    _check_positions("ft", setup, setup.positions()[-1])
     student, teacher = setup.maps()[-1]
     return objectives.factor_transfer(student=student, teacher=teacher)
 
