@@ -59,8 +59,10 @@ def curves(every: Mapping[str, Curves], baseline: str) -> Figure:
             draw_band(axes, *line, color=color, label=name, lw=1.8)
     left.set_title("validation accuracy", fontsize=11, loc="left", color=INK)
     right.set_title("validation KL to the teacher", fontsize=11, loc="left", color=INK)
-    right.set_yscale("log")
-    right.yaxis.set_minor_formatter(NullFormatter())
+    # Matplotlib warns of a log scale with nothing above 0 on it.
+    if right.dataLim.ymax > 0:
+        right.set_yscale("log")
+        right.yaxis.set_minor_formatter(NullFormatter())
     for axes in (left, right):
         axes.set_xlabel("step", color=INK)
         clean(axes)
