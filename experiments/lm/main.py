@@ -88,9 +88,7 @@ def _teacher(prepared: Prepared) -> Adapted:
 def _report(prepared: Prepared, diverged: Mapping[str, str], seconds: float) -> None:
     """Prints the table, and writes everything beside the runs."""
     config, console = prepared.config, prepared.job.console
-    methods = [name for name in prepared.methods if name not in diverged]
-    results = report.read(config.out, methods, config.seeds)
-    results = results._replace(diverged=tuple(diverged.values()))
+    results = report.read(config.out, prepared.methods, config.seeds, diverged)
     # First, as a terminal may lack characters of the table.
     path = report.write(config, results)
     report.table(results).print(console)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -68,13 +68,13 @@ class Results(NamedTuple):
       teacher: what it ends with.
       runs: of each method.
       timings: of each method, beside the student alone.
-      diverged: what is told of methods that are left out.
+      diverged: the methods that have no numbers, and what is told of each.
     """
 
     teacher: Result
     runs: dict[str, list[Run]]
     timings: dict[str, Timing]
-    diverged: tuple[str, ...] = ()
+    diverged: Mapping[str, str]
 
     def gains(self, name: str, over: str = ALONE) -> list[float]:
         """Bits per character fewer than those of another method, seed by seed."""
@@ -104,9 +104,12 @@ class Results(NamedTuple):
         )
 
 
-def read(out: Path, methods: Sequence[str], seeds: int) -> Results:
-    """Reads the results of all runs, which must be finished."""
-    return Results(*comparison.finished(out, methods, seeds, _run))
+def read(
+    out: Path, methods: Sequence[str], seeds: int, diverged: Mapping[str, str]
+) -> Results:
+    """Reads the results of all runs, which must be finished or have diverged."""
+    kept = [name for name in methods if name not in diverged]
+    return Results(*comparison.finished(out, kept, seeds, _run), diverged)
 
 
 def _run(folder: Path, result: Result) -> Run:
@@ -123,7 +126,10 @@ def table(results: Results) -> Table:
         ("distinct", "distinct_2"),
     ):
         teacher[_COLUMNS.index(column)] = f"{own[score]:.2f}"
-    return Table(_COLUMNS, [teacher, *(_row(results, name) for name in results.runs)])
+    rows = [teacher, *(_row(results, name) for name in results.runs)]
+    for name in results.diverged:
+        rows.append([name, "diverged", *["–"] * (len(_COLUMNS) - 2)])
+    return Table(_COLUMNS, rows)
 
 
 def _row(results: Results, name: str) -> list[str]:
@@ -164,15 +170,15 @@ def _row(results: Results, name: str) -> list[str]:
 def findings(results: Results) -> list[str]:
     """The method with the largest gain, and how many gain at all."""
     others = [name for name in results.ranked() if run_of(name).method != ALONE]
-    left_out = [f"Left out: {told}" for told in results.diverged]
+    diverged = list(results.diverged.values())
     if not others:
-        return left_out
+        return diverged
     ahead = [name for name in others if sum(results.gains(name)) > 0]
     gain = mean_and_spread(results.gains(others[0]), digits=3)
     return [
         f"{others[0]} is first, with a gain of {gain} bits per character over alone.",
         f"{len(ahead)} of {len(others)} methods gain on average.",
-        *left_out,
+        *diverged,
     ]
 
 
@@ -192,6 +198,7 @@ def write(config: Config, results: Results) -> Path:
             }
             for name, runs in results.runs.items()
         },
+        "diverged": dict(results.diverged),
         "findings": told,
     }
     write_whole(out / "results.json", json.dumps(everything, indent=2) + "\n")

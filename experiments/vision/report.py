@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -62,13 +62,13 @@ class Results(NamedTuple):
       teacher: what it ends with.
       runs: of each method.
       timings: of each method, beside the student alone.
-      diverged: what is told of methods that are left out.
+      diverged: the methods that have no numbers, and what is told of each.
     """
 
     teacher: Result
     runs: dict[str, list[Run]]
     timings: dict[str, Timing]
-    diverged: tuple[str, ...] = ()
+    diverged: Mapping[str, str]
 
     def gains(self, name: str) -> list[float]:
         """Test accuracy over that of the student alone, seed by seed."""
@@ -84,9 +84,12 @@ class Results(NamedTuple):
         return sorted(self.runs, key=mean, reverse=True)
 
 
-def read(out: Path, methods: Sequence[str], seeds: int) -> Results:
-    """Reads the results of all runs, which must be finished."""
-    return Results(*comparison.finished(out, methods, seeds, _run))
+def read(
+    out: Path, methods: Sequence[str], seeds: int, diverged: Mapping[str, str]
+) -> Results:
+    """Reads the results of all runs, which must be finished or have diverged."""
+    kept = [name for name in methods if name not in diverged]
+    return Results(*comparison.finished(out, kept, seeds, _run), diverged)
 
 
 def _run(folder: Path, result: Result) -> Run:
@@ -104,7 +107,10 @@ def table(results: Results) -> Table:
         mean_and_spread([own["student_calibration_error"]], digits=1, scale=100),
         *["–"] * 2,
     ]
-    return Table(_COLUMNS, [teacher, *(_row(results, name) for name in results.runs)])
+    rows = [teacher, *(_row(results, name) for name in results.runs)]
+    for name in results.diverged:
+        rows.append([name, "diverged", *["–"] * (len(_COLUMNS) - 2)])
+    return Table(_COLUMNS, rows)
 
 
 def _row(results: Results, name: str) -> list[str]:
@@ -135,16 +141,16 @@ def _row(results: Results, name: str) -> list[str]:
 def findings(results: Results) -> list[str]:
     """The methods with the largest gain, and how many gain at all."""
     others = [name for name in results.ranked() if name != ALONE]
-    left_out = [f"Left out: {told}" for told in results.diverged]
+    diverged = list(results.diverged.values())
     if not others:
-        return left_out
+        return diverged
     first, gains = others[0], results.gains(others[0])
     ahead = [name for name in others if sum(results.gains(name)) > 0]
     return [
         f"{first} is first, with a gain of "
         f"{mean_and_spread(gains, digits=2, scale=100)} points over alone.",
         f"{len(ahead)} of {len(others)} methods gain on average.",
-        *left_out,
+        *diverged,
     ]
 
 
@@ -169,6 +175,7 @@ def write(config: Config, results: Results) -> Path:
             }
             for name, runs in results.runs.items()
         },
+        "diverged": dict(results.diverged),
         "findings": told,
     }
     write_whole(out / "results.json", json.dumps(everything, indent=2) + "\n")

@@ -320,7 +320,7 @@ def test_evaluations_are_recorded_with_their_test_accuracy(finished):
     assert all("test_accuracy" in record for record in evaluated)
 
 
-def test_a_method_that_diverges_is_left_out(finished, monkeypatch, capsys):
+def test_a_method_that_diverges_leaves_the_others(finished, monkeypatch, capsys):
     nan = objectives.soft_labels(name="wild", weight=lambda step: jnp.nan * step)
     monkeypatch.setitem(METHODS, "wild", lambda setup: nan)
     for _ in range(2):  # started again it has diverged too
@@ -328,8 +328,9 @@ def test_a_method_that_diverges_is_left_out(finished, monkeypatch, capsys):
         assert "wild diverged, as told above" in capsys.readouterr().err
         results = json.loads((finished / "out/results.json").read_text())
         assert set(results["methods"]) == {"alone", "kd"}
-        assert "Left out: wild diverged with seed 0" in results["findings"][-1]
-    assert "Left out: wild" in (finished / "out/report.html").read_text()
+        assert "wild diverged with seed 0: step 3" in results["diverged"]["wild"]
+        assert results["findings"][-1] == results["diverged"]["wild"]
+    assert "wild diverged with" in (finished / "out/report.html").read_text()
 
 
 @pytest.mark.slow
