@@ -66,8 +66,8 @@ def token_mean(
         but one value per token, or arrays lie on Explicit axes of a mesh or in a
         ``shard_map`` that checks its axes (``check_vma``).
       TypeError: ``student`` is no :class:`~kdjax.types.LinearHead`, ``token_axes`` is
-        a string, or a dtype is wrong. JAX raises it for forward-mode derivatives: there are reverse ones only.
-        Second ones are right, but keep all logits.
+        a string, or a dtype is wrong. JAX raises it for forward-mode derivatives:
+        there are reverse ones only. Second ones are right, but keep all logits.
 
     Example:
       >>> from kdjax import losses
