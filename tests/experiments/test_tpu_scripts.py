@@ -1,6 +1,5 @@
 """What the scripts for many hosts print, and that it runs."""
 
-import functools
 import os
 import signal
 import subprocess
@@ -128,11 +127,10 @@ def test_processes_on_one_machine_end_together(number, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHON", str(process))
     (tmp_path / "printed.sh").write_text(printed("local.sh"))
     started = tmp_path / "started"
-    # Tests may run in the background, where a shell would keep ignoring the signal.
-    heard = functools.partial(signal.signal, number, signal.SIG_DFL)
-    with subprocess.Popen(
-        ["bash", "printed.sh"], cwd=tmp_path, preexec_fn=heard
-    ) as driver:
+    # Tests may run in the background, where a shell would go on ignoring the signal.
+    before = signal.signal(number, signal.SIG_DFL)
+    with subprocess.Popen(["bash", "printed.sh"], cwd=tmp_path) as driver:
+        signal.signal(number, before)
         deadline = time.monotonic() + 60
         while not started.exists() or len(started.read_text().split()) < 2:
             assert time.monotonic() < deadline
