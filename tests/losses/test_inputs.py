@@ -221,10 +221,11 @@ def test_no_gradient_is_nan_far_apart(loss, far):
     ],
 )
 def test_derivatives_by_a_number_are_continuous_at_a_limit(of, limit):
-    a, b = jnp.array([2.0, -1.0, 4.0, 0.0]), jnp.array([-2.0, 1.4, 0.6, 6.0])
-    slope = jax.grad(lambda z: of(a, b, z))
-    around = (slope(limit - 1e-3) + slope(limit + 1e-3)) / 2
-    np.testing.assert_allclose(slope(limit), around, rtol=1e-3)
+    with jax.enable_x64(True):
+        a, b = jnp.array([2.0, -1.0, 4.0, 0.0]), jnp.array([-2.0, 1.4, 0.6, 6.0])
+        slope = jax.grad(lambda z: of(a, b, z))
+        around = (slope(limit - 1e-3) + slope(limit + 1e-3)) / 2
+        np.testing.assert_allclose(slope(limit), around, rtol=1e-4)
 
 
 def test_what_is_infinite_for_the_divergence_is_so_at_the_limit():
