@@ -6,6 +6,8 @@ import struct
 import numpy as np
 
 SHAPE, CLASSES = (8, 8, 1), 4
+# Of which the last map of a small network has more than one position.
+LARGER = (16, 16, 1)
 
 
 def write_idx(path, array):

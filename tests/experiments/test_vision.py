@@ -25,7 +25,7 @@ from experiments.vision.models import Statistics, maker, network
 from kdjax import Outputs, make_train_step, objectives, teachers
 from kdjax.io.input import batches
 from kdjax.train import init_state
-from tests.experiments.image_files import CLASSES, SHAPE, write_set
+from tests.experiments.image_files import CLASSES, LARGER, SHAPE, write_set
 from tests.marks import rest_slow
 
 
@@ -144,7 +144,7 @@ def test_other_networks_are_refused(name, capsys):
 
 @pytest.fixture(scope="module")
 def pair():
-    return [network(name, SHAPE, CLASSES, STATISTICS, seed=0) for name in NETS]
+    return [network(name, LARGER, CLASSES, STATISTICS, seed=0) for name in NETS]
 
 
 NETS = ("cnn", "cnn_large")
@@ -167,7 +167,7 @@ def setup_of(student, teacher, **changed):
 def batch_of(count):
     rng = np.random.default_rng(0)
     return {
-        "x": rng.integers(0, 256, (count, *SHAPE)).astype(np.uint8),
+        "x": rng.integers(0, 256, (count, *LARGER)).astype(np.uint8),
         "label": np.arange(count, dtype=np.int32) % CLASSES,
         "index": np.arange(count, dtype=np.int32),
         "partner_label": np.arange(count, dtype=np.int32)[::-1] % CLASSES,
@@ -227,7 +227,7 @@ def test_a_step_by_every_method(name, pair):
 
 @pytest.mark.slow
 def test_a_step_of_a_transformer_with_its_token(pair):
-    student = network("vit", SHAPE, CLASSES, STATISTICS, seed=0)
+    student = network("vit", LARGER, CLASSES, STATISTICS, seed=0)
     _, moved = one_step("deit", setup_of(student, pair[1]))
     assert moved["distillation_head"]["kernel"] > 0
     _, moved = one_step(ALONE, setup_of(student, pair[1]))
@@ -239,7 +239,7 @@ def test_methods_that_do_not_fit_are_refused(pair):
         objective("deit", setup_of(*pair))
     with pytest.raises(Unfit, match="dkd reads one label"):
         objective("dkd", setup_of(*pair, mixup=True))
-    dense = network("mlp", SHAPE, CLASSES, STATISTICS, seed=0)
+    dense = network("mlp", LARGER, CLASSES, STATISTICS, seed=0)
     for name in ("at", "nst", "ft", "cwd"):
         with pytest.raises(Unfit, match=f"{name} compares .* those of mlp and cnn"):
             objective(name, setup_of(dense, pair[1]))
