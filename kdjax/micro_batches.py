@@ -74,8 +74,9 @@ def mapped(
     first = jax.tree.map(lambda array: array[0], micros)
     whole, structure = jax.tree.flatten(jax.eval_shape(function, dict(batch)))
     part = jax.tree.leaves(jax.eval_shape(function, first))
+    examples = len(next(iter(batch.values())))
     axes = [
-        _examples_axis(large.shape, small.shape, parts, argument)
+        _examples_axis(large.shape, small.shape, examples, parts, argument)
         for large, small in zip(whole, part, strict=True)
     ]
 
@@ -96,7 +97,11 @@ def mapped(
 
 
 def _examples_axis(
-    whole: tuple[int, ...], part: tuple[int, ...], parts: int, argument: str
+    whole: tuple[int, ...],
+    part: tuple[int, ...],
+    examples: int,
+    parts: int,
+    argument: str,
 ) -> int | None:
     """The axis along which an array grows with the batch, if it does."""
     if whole == part:
@@ -104,7 +109,8 @@ def _examples_axis(
     grown = [
         i for i, sizes in enumerate(zip(whole, part, strict=True)) if len({*sizes}) > 1
     ]
-    if len(grown) > 1 or whole[grown[0]] != parts * part[grown[0]]:
+    # Examples joined with something else would come out in another order.
+    if len(grown) > 1 or whole[grown[0]] != examples:
         raise ValueError(
             f"{argument}: an output of shape {whole} has the shape {part} for one of "
             f"{parts} parts of the batch; expected the examples along one axis."

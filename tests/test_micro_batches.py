@@ -88,6 +88,7 @@ def test_refuses_what_has_no_parts():
     with pytest.raises(ValueError, match=r"parts: got 3.*16 examples of 'x'"):
         teachers.micro_batched(teacher, 3).outputs(frozen, (), setups.batch())
     batch = {"x": np.ones((4, 2))}
-    for bad in (lambda x: x @ x.T, lambda x: jnp.ones(len(x) + 1)):
+    flat = lambda x: x.reshape(-1)  # noqa: E731
+    for bad in (lambda x: x @ x.T, lambda x: jnp.ones(len(x) + 1), flat):
         with pytest.raises(ValueError, match=r"parts: an output of shape .* one axis"):
             mapped(lambda given, bad=bad: bad(given["x"]), batch, 2, "parts")

@@ -74,7 +74,7 @@ def save_tensors(
       tensors: by name.
     """
     # The file gets an array's buffer, whatever its strides say (safetensors 0.8).
-    arrays = {name: np.ascontiguousarray(each) for name, each in tensors.items()}
+    arrays = {name: np.asarray(each, order="C") for name, each in tensors.items()}
     write_whole(Path(folder) / _FILE, save(arrays, metadata={"format": "pt"}))
 
 

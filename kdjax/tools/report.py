@@ -94,7 +94,9 @@ class Table:
         for index, name in enumerate(self.columns):
             justify: Any = "left" if index < self.text_columns else "right"
             gives_way = index == self.text_columns - 1
-            shown.add_column(name, justify=justify, no_wrap=not gives_way)
+            shown.add_column(
+                rich.markup.escape(name), justify=justify, no_wrap=not gives_way
+            )
         for row in self.rows:
             shown.add_row(*map(rich.markup.escape, row))
         return shown

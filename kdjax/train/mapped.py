@@ -14,6 +14,7 @@ from kdjax.train.loop import Step
 from kdjax.train.rules import Rules
 from kdjax.train.sharding import batch_specs, place_step
 from kdjax.train.state import DistillState
+from kdjax.train.step import check_axis
 from kdjax.types import Batch, Mean, PyTree
 
 
@@ -55,17 +56,8 @@ def shard_map_step(
       ValueError: the mesh has no such axis, it has size 1 beside others, or as
         ``place_step`` raises it.
     """
-    if axis_name not in mesh.axis_names:
-        raise ValueError(
-            f"axis_name: got {axis_name!r}, but the mesh has {mesh.axis_names}; "
-            "expected one of them."
-        )
-    if mesh.shape[axis_name] == 1 < mesh.size:
-        # XLA fails on sums over it (jax 0.10.2).
-        raise ValueError(
-            f"axis_name: {axis_name!r} has one part alone on {dict(mesh.shape)}; there "
-            "is nothing to sum over. Use place_step and a step without axis_name."
-        )
+    _check_mesh(mesh, axis_name)
+    check_axis(step, axis_name)
 
     def here(spec: PartitionSpec) -> PartitionSpec:
         """The part of a spec that is not left to the compiler."""
@@ -90,6 +82,7 @@ def shard_map_step(
         )
         return run(state, frozen, given)
 
+    vars(mapped)["axis_name"] = None  # none is open outside
     return place_step(
         mapped,
         mesh,
@@ -101,6 +94,21 @@ def shard_map_step(
         teacher_memory_kind=teacher_memory_kind,
         donate=donate,
     )
+
+
+def _check_mesh(mesh: Mesh, axis_name: str) -> None:
+    """It has the axis, and the batch is split over that."""
+    if axis_name not in mesh.axis_names:
+        raise ValueError(
+            f"axis_name: got {axis_name!r}, but the mesh has {mesh.axis_names}; "
+            "expected one of them."
+        )
+    if mesh.shape[axis_name] == 1 < mesh.size:
+        # XLA fails on sums over it (jax 0.10.2).
+        raise ValueError(
+            f"axis_name: {axis_name!r} has one part alone on {dict(mesh.shape)}; there "
+            "is nothing to sum over. Use place_step and a step without axis_name."
+        )
 
 
 def pmap_step(
@@ -125,8 +133,10 @@ def pmap_step(
       has the examples of its own devices.
 
     Raises:
-      ValueError: (when called) the devices do not divide the batch.
+      ValueError: the step was made with another ``axis_name``, or (when called) the
+        devices do not divide the batch.
     """
+    check_axis(step, axis_name)
     mapped = jax.pmap(
         step,
         axis_name=axis_name,

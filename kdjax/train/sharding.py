@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from kdjax.fused import TOKEN_AXES
 from kdjax.train.rules import Rules, fitting, shardings
 from kdjax.train.state import DistillState
+from kdjax.train.step import check_axis
 from kdjax.types import Batch, Mean, PyTree
 
 
@@ -193,6 +194,7 @@ def place_step(
       ValueError: a rule does not fit its array or matches none, the devices have no
         such memory, or (when called) the mesh does not divide the batch.
     """
+    check_axis(step, None)
     replicated = NamedSharding(mesh, PartitionSpec())
     state_shardings = shardings(state, mesh, rules)
     at_work = shardings(frozen, mesh, teacher_rules)

@@ -113,7 +113,8 @@ def init_state(
         model_state=model_state,
         objective_state=objective.init_state(),
         teacher_state=teacher_state,
-        opt_state=optimizer.init(trained),
+        # Some optimizers keep the parameters themselves.
+        opt_state=jax.tree.map(jnp.copy, optimizer.init(trained)),
         rng=rng,
     )
     return jax.tree.map(_strong, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,19 @@ def make_train_step(
             "skipped": Mean(skipped.astype(jnp.float32), one),
         }
 
+    # Read by what compiles it.
+    vars(step)["axis_name"] = axis_name
     return step
+
+
+def check_axis(step: Callable[..., Any], axis_name: str | None) -> None:
+    """A step sums over the axis that it is compiled for, or every device is alone."""
+    made_with = getattr(step, "axis_name", axis_name)
+    if made_with != axis_name:
+        raise ValueError(
+            f"step: was made with axis_name={made_with!r}; expected {axis_name!r}, as "
+            "it is compiled for. Give make_train_step the same."
+        )
 
 
 def _refuse_own_states(objective_state: PyTree) -> None:

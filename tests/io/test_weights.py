@@ -38,6 +38,11 @@ def test_what_is_written_is_read(tmp_path):
     assert_equal(load_tensors(tmp_path / "new" / "folder"), TENSORS)
 
 
+def test_a_number_stays_one(tmp_path):
+    save_tensors(tmp_path, {"logit_scale": np.float32(4.6)})
+    assert load_tensors(tmp_path)["logit_scale"].shape == ()
+
+
 def test_transposed_arrays_are_written_as_they_read(tmp_path):
     save_tensors(tmp_path, {"a": TENSORS["a"].T, "b": jnp.ones((2, 2)).T})
     assert_equal(

@@ -43,7 +43,7 @@ def test_a_table_in_all_its_forms():
 
 @pytest.mark.parametrize("width", [1, 20, 40, 200])
 def test_nothing_is_cut_on_a_narrow_terminal(width):
-    columns = ["what it is", "bits per character", "gain"]
+    columns = ["what it is", "bits per character", "gain [bits]"]
     rows = [
         ["forward_kl", "2.457 ± 0.030", "0.249 ± 0.016"],
         ["the teacher's", "2", "–"],

@@ -13,7 +13,15 @@ import pytest
 from flax import nnx
 
 from kdjax import losses, models, objectives, teachers
-from kdjax.train import init_state, make_mesh, make_train_step, place, place_step
+from kdjax.train import (
+    init_state,
+    make_mesh,
+    make_train_step,
+    place,
+    place_step,
+    pmap_step,
+    shard_map_step,
+)
 from kdjax.types import Adapted, Mean, Model, Outputs
 from tests.marks import rest_slow
 from tests.train import setups
@@ -380,6 +388,31 @@ def test_refuses_bad_arguments_by_name():
     state, frozen, step = setups.training(net, goal=silent)
     with pytest.raises(ValueError, match=r"objective: all of its terms.*weight 0"):
         jax.jit(step)(state, frozen, setups.batch())
+
+
+@pytest.mark.parametrize(
+    "optimizer", [optax.contrib.prodigy(), optax.contrib.dog(), optax.contrib.cocob()]
+)
+def test_states_of_optimizers_that_keep_parameters_can_be_donated(optimizer):
+    net = models.from_nnx(setups.Mlp(rngs=nnx.Rngs(0)))
+    state, frozen, step = setups.training(net, optimizer)
+    state, _ = jax.jit(step, donate_argnums=0)(state, frozen, setups.batch())
+    assert int(state.step) == 1
+
+
+def test_refuses_to_compile_a_step_for_another_axis():
+    net = models.from_nnx(setups.Mlp(rngs=nnx.Rngs(0)))
+    mesh, told = make_mesh(), "step: was made with axis_name"
+    state, frozen, step = setups.training(net)
+    given = {"state": state, "frozen": frozen}
+    with pytest.raises(ValueError, match=f"{told}=None; expected 'data'"):
+        shard_map_step(step, mesh, **given)
+    with pytest.raises(ValueError, match=f"{told}=None; expected 'data'"):
+        pmap_step(step)
+    parts = teachers.frozen(net)[0], objectives.hard_labels(), optax.sgd(0.1)
+    other = make_train_step(net.model, *parts, axis_name="data")
+    with pytest.raises(ValueError, match=f"{told}='data'; expected None"):
+        place_step(other, mesh, **given)
 
 
 def test_refuses_a_teacher_of_another_vocabulary():
