@@ -88,7 +88,8 @@ def make_train_step(
             _refuse_own_states(state.objective_state)
             rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
         sums, moved = _gradient(run, state, frozen, batch, rng, accumulate, axis_name)
-        loss, grad_norm = sums.loss, optax.tree.norm(sums.grads)
+        # Squares of a gradient in float16 would overflow.
+        loss, grad_norm = sums.loss, optax.tree.norm(jax.tree.map(_wide, sums.grads))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         changed = _changed(state, sums.grads, moved, teacher, optimizer)
         kept = {
@@ -240,6 +241,10 @@ def _gradient(
         lambda leaf, like: leaf.astype(like.dtype), everywhere(total), shapes
     )
     return total, _averaged(moved, axis_name)
+
+
+def _wide(leaf: Array) -> Array:
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _wide_zeros(like: jax.ShapeDtypeStruct) -> Array:

@@ -202,6 +202,20 @@ def test_many_micro_batches_add_up_in_bfloat16():
     np.testing.assert_array_equal(state.params["student"], [2.0])
 
 
+def test_a_large_gradient_in_float16_is_finite():
+    def apply(w, batch):
+        return batch["x"].astype(jnp.float16) * w
+
+    net = models.from_apply(apply, jnp.zeros(1, jnp.float16))
+    teacher, frozen = teachers.frozen(net._replace(params=jnp.ones(1, jnp.float16)))
+    parts = teacher, objectives.soft_labels(losses.logit_mse), optax.sgd(1e-6)
+    batch = {"x": np.full((4, 1), 20.0, np.float32)}
+    state = init_state(net, *parts, frozen=frozen, batch=batch, rng=jax.random.key(0))
+    _, metrics = jax.jit(make_train_step(net.model, *parts))(state, frozen, batch)
+    assert float(metrics["grad_norm"].value()) == 800.0
+    assert float(metrics["skipped"].value()) == 0
+
+
 def test_everything_masked_changes_nothing():
     net = models.from_nnx(setups.Mlp(rngs=nnx.Rngs(0)))
     state, frozen, step = setups.training(net, optax.sgd(1.0))
