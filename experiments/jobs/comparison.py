@@ -53,7 +53,7 @@ def train(
     console: Console,
     sigterm: Sigterm,
 ) -> dict[str, str]:
-    """Trains and times what is pending; a method that diverges is not all that is left.
+    """Trains and times what is pending, and goes on where a method diverges.
 
     Args:
       pending: seeds by method.

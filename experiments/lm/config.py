@@ -11,7 +11,7 @@ from etils.epath import Path
 
 from experiments.jobs.cluster import Cluster
 from experiments.jobs.settings import check_counts, check_positive, refuse
-from experiments.lm.methods import ALONE, METHODS, chosen
+from experiments.lm.methods import METHODS, chosen
 from experiments.lm.model import DecoderConfig
 from experiments.lm.tokens import Kind
 
@@ -130,7 +130,8 @@ class Config:
                 refuse(
                     self, name, f"expected a multiple of 2 * heads, {2 * self.heads}"
                 )
-        if not chosen(self.methods)[1:] and ALONE not in ",".join(self.methods):
+        chosen(self.methods)  # refuses names that are none
+        if not "".join(self.methods).strip(", "):
             refuse(self, "methods", f"expected some of {', '.join(METHODS)}")
 
     def student_decoder(self, vocabulary: int) -> DecoderConfig:

@@ -15,13 +15,13 @@ from jaxtyping import Bool, Float
 
 from kdjax.losses import _checks
 from kdjax.losses._kl import forward_kl
-from kdjax.losses._labels import softened, weighted, widened
+from kdjax.losses._labels import at_temperature, weighted, widened
 from kdjax.losses._vectors import centred, product, unit_distance
 
 
 def _softmax(logits: Array, temperature: Array) -> tuple[Array, Array]:
     """p = softmax(logits / temperature), and p - 1/V, each to its own precision."""
-    logits = softened(logits, jnp.asarray(temperature, logits.dtype)[..., None])
+    logits = at_temperature(logits, jnp.asarray(temperature, logits.dtype)[..., None])
     top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
     shifted = logits - jnp.where(jnp.isneginf(top), 0.0, top)
     powers, raised = jnp.exp(shifted), jnp.expm1(shifted)
@@ -212,7 +212,7 @@ def _multi_level_relation(
         soft = forward_kl(student, teacher, temperature=temperature)
         instances = jnp.sum(jnp.where(where[:, 0], soft, 0.0)) / count
         q, p = (
-            jnp.where(where, jax.nn.softmax(softened(z, temperature)), 0.0)
+            jnp.where(where, jax.nn.softmax(at_temperature(z, temperature)), 0.0)
             for z in (student, teacher)
         )
         examples, classes = _gram_distances(q, p)

@@ -13,9 +13,9 @@ from kdjax.losses import _checks
 from kdjax.losses._kl import forward_kl, soft_cross_entropy
 from kdjax.losses._labels import (
     at_label,
+    at_temperature,
     negative_log_likelihood,
     scored,
-    softened,
     weighted,
     widened,
 )
@@ -103,8 +103,8 @@ def _target_kl(
 ) -> Array:
     """The KL of the label's class against all the others, from log-odds."""
     wide = softening[..., None]
-    student_odds, _ = _label_log_odds(softened(student, wide), is_label)
-    teacher_odds, shares = _label_log_odds(softened(teacher, wide), is_label)
+    student_odds, _ = _label_log_odds(at_temperature(student, wide), is_label)
+    teacher_odds, shares = _label_log_odds(at_temperature(teacher, wide), is_label)
     # Where the models are close, the difference of the odds comes from that of the
     # logits: two logarithms of sums would bring their rounding into it.
     gaps = _gap(student, teacher) / wide
@@ -275,7 +275,7 @@ def _binary_distillation(
 ) -> Array:
     student, teacher = widened(student_logits), widened(teacher_logits)
     softening = jnp.asarray(temperature, student.dtype)[..., None]
-    sides = softened(student, softening), softened(teacher, softening)
+    sides = at_temperature(student, softening), at_temperature(teacher, softening)
     value = bernoulli_kl(*sides, _gap(student, teacher) / softening)
     return softening**2 * value
 

@@ -25,15 +25,18 @@ def widened(logits: Array) -> Array:
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
-def softened(logits: Array, temperature: ArrayLike) -> Array:
+def at_temperature(logits: Array, temperature: ArrayLike) -> Array:
     """Divided; -inf stays so, with no derivative by the temperature, which is NaN."""
     gone = jnp.isneginf(logits)
     return jnp.where(gone, logits, jnp.where(gone, 0, logits) / temperature)
 
 
-def integers(array: ArrayLike) -> Array:
-    """int32, or int64 that stays: what is narrower may not hold the number of classes,
-    and what is unsigned no negative label."""
+def wide_integers(array: ArrayLike) -> Array:
+    """int32, or int64 that stays.
+
+    What is narrower may not hold the number of classes, and what is unsigned no
+    negative label.
+    """
     array = jnp.asarray(array)
     return array if array.dtype in (jnp.int32, jnp.int64) else array.astype(jnp.int32)
 
@@ -60,7 +63,7 @@ def visible(values: Array, *inputs: Array) -> Array:
 
 def validity_of(labels: Array, logits: Array) -> Array:
     """1 for a class, 0 for a negative label, NaN beyond the classes."""
-    labels = integers(labels)
+    labels = wide_integers(labels)
     known = jnp.where(labels < logits.shape[-1], 1.0, jnp.nan)
     return jnp.where(labels < 0, 0.0, known).astype(logits.dtype)
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from kdjax.losses._labels import integers, softened, widened
+from kdjax.losses._labels import at_temperature, wide_integers, widened
 from kdjax.losses._rows import largest
 
 
@@ -14,7 +14,7 @@ def below_top(logits: Array, temperature: ArrayLike) -> Array:
     """The logits less the largest of each row, softened, ``[..., V]``."""
     logits = widened(logits)
     # Only then divided: of logits of 1e4 little would be left behind the point.
-    return softened(logits - largest(logits), temperature)
+    return at_temperature(logits - largest(logits), temperature)
 
 
 def log_sum(logits: Array) -> Array:
@@ -27,7 +27,7 @@ def log_sum(logits: Array) -> Array:
 
 def slots_of(indices: Array, log_probs: Array, classes: int) -> tuple[Array, Array]:
     """Which slots are used, and their classes: one too large where there is none."""
-    used, indices = ~jnp.isneginf(log_probs), integers(indices)
+    used, indices = ~jnp.isneginf(log_probs), wide_integers(indices)
     return used, jnp.where(used & (indices >= 0), indices, classes)
 
 

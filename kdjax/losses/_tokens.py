@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Integer
 
 from kdjax.losses import _checks
 from kdjax.losses._kl_core import forward_core
-from kdjax.losses._labels import integers, widened
+from kdjax.losses._labels import wide_integers, widened
 from kdjax.losses._rows import wide_dtype
 from kdjax.types import LinearHead
 
@@ -62,7 +62,7 @@ def next_token(
     if segments is not None:
         _integers(shape, segments=segments)
 
-    tokens = integers(tokens)
+    tokens = wide_integers(tokens)
     scored = jnp.ones(tokens[..., 1:].shape, bool)
     if where is not None:
         scored &= where[..., :-1] & where[..., 1:]
@@ -90,7 +90,7 @@ def _integers(shape: tuple[int, ...], **arrays: Array) -> None:
 
 def _over_chunks(log_probs: Array, chunks: Array, count: int) -> tuple[Array, Array]:
     """Sums and numbers of tokens by chunk, ``[count]``, of a sequence ``[T]``."""
-    chunks = integers(chunks)
+    chunks = wide_integers(chunks)
     places = jnp.where(chunks < 0, count, chunks)
     # What is in no chunk may be NaN.
     log_probs = jnp.where(chunks < 0, 0, log_probs)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Integer
 
 from kdjax.losses import _checks
 from kdjax.losses._kl import probabilities
-from kdjax.losses._labels import integers
+from kdjax.losses._labels import wide_integers
 from kdjax.losses._rows import as_columns, wide_dtype
 from kdjax.losses._slots import below_top, log_sum, others
 from kdjax.types import AlignedLogits
@@ -40,7 +40,7 @@ def _resized(logits: Array, *, size: int) -> AlignedLogits:
 @functools.partial(jax.jit, inline=True)
 def _mapped(logits: Array, sources: Array) -> AlignedLogits:
     classes = logits.shape[-1]
-    sources = integers(sources)
+    sources = wide_integers(sources)
     kept = jnp.where(sources < 0, classes, sources)
     taken = jnp.take(logits, kept, -1, mode="fill", fill_value=jnp.nan)
     aligned = jnp.where(sources < 0, -jnp.inf, taken)

@@ -40,7 +40,7 @@ def init_normalized(rng: Array, size: int, inputs: int, outputs: int) -> PyTree:
     }
 
 
-def normalized(params: PyTree, x: Array, counts: Array | None = None) -> Array:
+def normalized(params: PyTree, x: Array, counts: Array | None) -> Array:
     """A convolution, then batch normalisation by the statistics of this batch.
 
     They are of the examples of all devices, or of those that count, bool ``[B]``.

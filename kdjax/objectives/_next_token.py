@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kdjax import losses
-from kdjax.losses._labels import integers
+from kdjax.losses._labels import wide_integers
 from kdjax.objectives._terms import MASK, counted, entry
 from kdjax.types import (
     Batch,
@@ -67,7 +67,7 @@ def next_token(
     """
 
     def labelled(batch: Batch) -> Array:
-        read = integers(entry(batch, tokens, "tokens"))
+        read = wide_integers(entry(batch, tokens, "tokens"))
         predicted = counted(batch, where, read.shape, None)
         return (
             read if predicted is None else jnp.where(predicted, read, losses.UNSCORED)

@@ -235,7 +235,8 @@ def _gradient(
 
     micro, key = jax.tree.map(lambda values: values[0], (micros, rngs))
     shapes, _ = jax.eval_shape(lambda: sums(moved, micro, key, counts))
-    zeros = jax.tree.map(_wide_zeros, shapes)
+    # In bfloat16 a small part of a sum would be rounded away.
+    zeros = jax.tree.map(lambda leaf: _wide(jnp.zeros(leaf.shape, leaf.dtype)), shapes)
     (total, moved), _ = jax.lax.scan(add, (zeros, moved), (micros, rngs))
     total = jax.tree.map(
         lambda leaf, like: leaf.astype(like.dtype), everywhere(total), shapes
@@ -244,14 +245,10 @@ def _gradient(
 
 
 def _wide(leaf: Array) -> Array:
+    """In float32 at least; integers as they are."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
     return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-
-
-def _wide_zeros(like: jax.ShapeDtypeStruct) -> Array:
-    """To add to: in bfloat16 a small part of a sum would be rounded away."""
-    if not jnp.issubdtype(like.dtype, jnp.floating):
-        return jnp.zeros(like.shape, like.dtype)
-    return jnp.zeros(like.shape, jnp.promote_types(like.dtype, jnp.float32))
 
 
 def _counts(terms: dict[str, Term]) -> dict[str, Array]:
